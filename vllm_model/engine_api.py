@@ -1,0 +1,266 @@
+"""The one file that imports vLLM: its names under ours, probes of what it can do, and the translation of its metadata.
+
+To bring the plugin to a new vLLM, start here (``docs/porting.md``). ``SUPPORTED`` is the tested range; a probe asks for a
+capability, never for a version, and says which version needs it.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_ep_group,
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.distributed.utils import get_pp_indices
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.mamba.checkpoint import (
+    MambaPrefillCheckpointBuilder,
+    MambaPrefillCheckpointMetadata,
+)
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateCopyFunc,
+    MambaStateCopyFuncCalculator,
+    MambaStateDtypeCalculator,
+    MambaStateShapeCalculator,
+    is_conv_state_dim_first,
+)
+
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import (
+    causal_conv1d_fn,
+    causal_conv1d_update,
+)
+from vllm.model_executor.layers.mamba.short_conv import ShortConv as BuiltinShortConv
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.interfaces import (
+    EagleModelMixin,
+    HasInnerState,
+    IsHybrid,
+    MixtureOfExperts,
+    SupportsEagle,
+    SupportsEagle3,
+    SupportsLoRA,
+    SupportsPP,
+    SupportsQuant,
+)
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    PPMissingLayer,
+    WeightsMapper,
+    extract_layer_index,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+from vllm.platforms import current_platform
+from vllm.sequence import IntermediateTensors
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.attention.backends.short_conv_attn import (
+    ShortConvAttentionBackend,
+    ShortConvAttentionMetadata,
+    ShortConvAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
+from vllm.v1.kv_cache_interface import MambaSpec
+
+from lfm2_plugin.conv_batch import ConvBatch
+
+from vllm_model import SUPPORTED
+
+__all__ = [
+    "SUPPORTED",
+    "Attention",
+    "AutoWeightsLoader",
+    "BuiltinShortConv",
+    "CommonAttentionMetadata",
+    "EagleModelMixin",
+    "FusedMoEFactory",
+    "GateLinear",
+    "HasInnerState",
+    "IntermediateTensors",
+    "IsHybrid",
+    "LogitsProcessor",
+    "MambaAttentionBackendEnum",
+    "MambaBase",
+    "MambaPrefillCheckpointBuilder",
+    "MambaSpec",
+    "MambaStateCopyFunc",
+    "MergedColumnParallelLinear",
+    "MixtureOfExperts",
+    "PPMissingLayer",
+    "ParallelLMHead",
+    "QKVParallelLinear",
+    "QuantizationConfig",
+    "RMSNorm",
+    "RowParallelLinear",
+    "ShortConvAttentionBackend",
+    "ShortConvAttentionMetadata",
+    "ShortConvAttentionMetadataBuilder",
+    "SiluAndMul",
+    "SupportsEagle",
+    "SupportsEagle3",
+    "SupportsLoRA",
+    "SupportsPP",
+    "SupportsQuant",
+    "VllmConfig",
+    "VocabParallelEmbedding",
+    "WeightsMapper",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "conv_batch_from",
+    "conv_copy_funcs",
+    "conv_state_dtypes",
+    "conv_state_shape",
+    "expert_ranks",
+    "extract_layer_index",
+    "get_forward_context",
+    "get_pp_group",
+    "get_rope",
+    "get_tensor_model_parallel_rank",
+    "get_tensor_model_parallel_world_size",
+    "init_logger",
+    "is_conv_state_dim_first",
+    "make_empty_intermediate_tensors_factory",
+    "make_layers",
+    "maybe_prefix",
+    "on_cpu",
+    "padding_rows",
+    "pipeline_stages",
+    "short_conv_op",
+    "speculation_needs_triton",
+    "support_torch_compile",
+]
+
+
+def on_cpu() -> bool:
+    """Whether this vLLM runs its models on a CPU."""
+    return current_platform.is_cpu()
+
+
+def short_conv_op(bcx: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
+    """Run the short convolution of the layer registered as ``layer_name``: reads bcx (T, 3D), writes out (T, D).
+
+    This is vLLM's own operator. It looks the layer up in the forward context and calls its ``forward_native`` on a CPU and
+    its ``forward_cuda`` elsewhere; vLLM knows it as a place to split a compiled graph, which an operator under another
+    name would have to be told.
+    """
+    torch.ops.vllm.short_conv(bcx, out, layer_name)
+
+
+def padding_rows(num_tokens: int) -> torch.Tensor | None:
+    """(num_tokens,) bool, True where the running step has padding; None where it has none or no step runs."""
+    if not is_forward_context_available():
+        return None
+    mask = get_forward_context().is_padding
+    return None if mask is None else mask[:num_tokens]
+
+
+def pipeline_stages(vllm_config: VllmConfig, num_layers: int) -> list[tuple[int, int]]:
+    """The half-open range of layers of each pipeline stage, first stage first."""
+    size = vllm_config.parallel_config.pipeline_parallel_size
+    return [get_pp_indices(num_layers, rank, size) for rank in range(size)]
+
+
+def expert_ranks(vllm_config: VllmConfig) -> int:
+    """Over how many ranks the experts of a layer are spread; 1 without expert parallelism."""
+    parallel = vllm_config.parallel_config
+    return get_ep_group().world_size if parallel.enable_expert_parallel else 1
+
+
+def conv_state_shape(vllm_config: VllmConfig, channels: int, width: int) -> tuple[int, int]:
+    """One slot's shape for ``channels`` (before tensor parallelism) and a convolution of ``width``, drafts included."""
+    (shape,) = MambaStateShapeCalculator.short_conv_state_shape(
+        tp_world_size=vllm_config.parallel_config.tensor_parallel_size,
+        intermediate_size=channels,
+        conv_kernel=width,
+        num_spec=vllm_config.num_speculative_tokens,
+    )
+    return shape
+
+
+def conv_state_dtypes(vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+    """The state's dtype: the model's, or what ``--mamba-cache-dtype`` says."""
+    return MambaStateDtypeCalculator.short_conv_state_dtype(
+        vllm_config.model_config.dtype, vllm_config.cache_config.mamba_cache_dtype
+    )
+
+
+def conv_copy_funcs() -> tuple[MambaStateCopyFunc, ...]:
+    """How vLLM copies a state between slots; a page of several layers is one wide state, so there is one function."""
+    return MambaStateCopyFuncCalculator.short_conv_state_copy_func()
+
+
+def speculation_needs_triton(vllm_config: VllmConfig) -> bool:
+    """Whether a step would call Triton kernels of the runner that a CPU doesn't have: drafts with an aligned cache."""
+    return (
+        on_cpu()
+        and vllm_config.num_speculative_tokens > 0
+        and vllm_config.cache_config.mamba_cache_mode == "align"
+    )
+
+
+def conv_batch_from(
+    metadata: ShortConvAttentionMetadata,
+    common: CommonAttentionMetadata,
+    checkpoint: MambaPrefillCheckpointMetadata | None,
+) -> ConvBatch:
+    """vLLM's metadata of a step as a :class:`ConvBatch`; ``docs/contracts.md`` has the table.
+
+    Args:
+        metadata: the conv metadata: who decodes, who prefills, and each one's block. vLLM puts decodes first.
+        common: the step's metadata shared by all layers, for the query starts of all sequences.
+        checkpoint: where prefills leave a copy of their state on the way, if anywhere.
+    """
+    num_decodes, num_prefills = metadata.num_decodes, metadata.num_prefills
+    device = common.query_start_loc.device
+    slots = [torch.empty(0, dtype=torch.int32, device=device)]
+    has_state = [torch.empty(0, dtype=torch.bool, device=device)]
+    if num_decodes:
+        # Column 0 is the running block. The columns after it are for states that can't be cut to a shorter history;
+        # ours can, by its offset.
+        decode_slots = metadata.state_indices_tensor_d[:num_decodes]
+        slots.append(decode_slots[:, 0] if decode_slots.dim() > 1 else decode_slots)
+        has_state.append(torch.ones(num_decodes, dtype=torch.bool, device=device))
+    if num_prefills:
+        slots.append(metadata.state_indices_tensor_p)
+        has_state.append(metadata.has_initial_states_p)
+
+    accepted, max_decode_len = metadata.num_accepted_tokens, 1
+    if accepted is not None and num_decodes:
+        accepted = accepted[:num_decodes]
+        max_decode_len = int(common.query_start_loc_cpu[: num_decodes + 1].diff().max())
+    return ConvBatch(
+        slots=torch.cat(slots),
+        query_start=common.query_start_loc[: num_decodes + num_prefills + 1],
+        has_initial_state=torch.cat(has_state),
+        num_decodes=num_decodes,
+        num_decode_tokens=metadata.num_decode_tokens,
+        num_prefills=num_prefills,
+        num_prefill_tokens=metadata.num_prefill_tokens,
+        max_decode_len=max_decode_len,
+        num_accepted=accepted if num_decodes else None,
+        checkpoint_offsets=None if checkpoint is None else checkpoint.checkpoint_offsets,
+        checkpoint_slots=None if checkpoint is None else checkpoint.state_indices,
+        null_slot=NULL_BLOCK_ID,
+    )

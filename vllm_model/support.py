@@ -1,0 +1,38 @@
+"""Which combinations of options can't be served right, found out before anything is allocated."""
+
+from __future__ import annotations
+
+from lfm2_plugin.arch import Lfm2MoeArch
+
+from .engine_api import VllmConfig, expert_ranks, speculation_needs_triton
+
+
+def check_support(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
+    """Refuse what would fail later or give other tokens.
+
+    Raises:
+        ValueError: what is wrong and what to do.
+    """
+    parallel = vllm_config.parallel_config
+    ranks = parallel.tensor_parallel_size
+    if arch.num_heads % ranks or arch.hidden_size % ranks:
+        raise ValueError(
+            f"{arch.num_heads} heads and {arch.hidden_size} channels can't be divided over "
+            f"--tensor-parallel-size {ranks}; choose a divisor of both."
+        )
+    if arch.num_kv_heads % ranks and ranks % arch.num_kv_heads:
+        raise ValueError(
+            f"{arch.num_kv_heads} kv heads fit no --tensor-parallel-size {ranks}; choose a divisor or a multiple."
+        )
+    experts = arch.num_experts + parallel.eplb_config.num_redundant_experts
+    if experts % expert_ranks(vllm_config):
+        raise ValueError(
+            f"{experts} experts can't be divided evenly over {expert_ranks(vllm_config)} expert-parallel ranks; choose "
+            f"tensor and data parallel sizes whose product divides {experts}, or leave out --enable-expert-parallel."
+        )
+    if speculation_needs_triton(vllm_config):
+        raise ValueError(
+            "On a CPU vLLM can't combine speculative decoding with prefix caching for a model with conv states: its "
+            "runner copies the states with Triton kernels. Add --no-enable-prefix-caching "
+            "(enable_prefix_caching=False), or leave out --speculative-config."
+        )
