@@ -63,20 +63,26 @@ def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
-def digest(name: str, environment: Environment) -> str:
-    """Hash of everything that decides the content of an environment."""
-    parts = [str(FORMAT), str(ROOT), sys.version, name, repr(environment)]
+def digests(name: str, environment: Environment) -> dict[str, str]:
+    """Hashes of what decides an environment's content: its packages, and our own metadata in it."""
+    packages = "\0".join((str(FORMAT), str(ROOT), sys.version, name, repr(environment)))
+    sources = {"packages": packages}
     if environment.extras is not None:
-        parts.append((ROOT / "setup.py").read_text(encoding="utf-8"))
-        parts.append((ROOT / "lfm2_plugin" / "_version.py").read_text(encoding="utf-8"))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        files = (ROOT / "setup.py", ROOT / "lfm2_plugin" / "_version.py")
+        sources["project"] = "\0".join(file.read_text(encoding="utf-8") for file in files)
+    return {key: hashlib.sha256(text.encode()).hexdigest() for key, text in sources.items()}
 
 
-def read_stamp(folder: Path) -> str | None:
+def read_stamp(folder: Path) -> dict[str, str]:
+    """The digests of a finished environment; empty for one that is absent or half made."""
     try:
-        return json.loads((folder / STAMP).read_text())["digest"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+        return dict(json.loads((folder / STAMP).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+
+def write_stamp(folder: Path, name: str, environment: Environment) -> None:
+    (folder / STAMP).write_text(json.dumps(digests(name, environment)) + "\n")
 
 
 def run_logged(title: str, command: list[str], log: Path) -> None:
@@ -173,14 +179,10 @@ def warn_if_no_headers() -> None:
         say("         run vLLM with --enforce-eager until then")
 
 
-def build(name: str, environment: Environment, choice: str) -> None:
+def install(name: str, environment: Environment, choice: str, log: Path) -> None:
+    """Install the packages and the project into a venv that is there, check it, stamp it."""
     folder = VENVS / name
-    log = VENVS / f"{name}.log"
     python = str(folder / "bin" / "python")
-    start = time.monotonic()
-    log.write_text("")
-    say(f"making .venvs/{name} (about two minutes the first time; log: {log.relative_to(ROOT)})")
-    make_venv(folder)
     command = installer(python, environment, choice, log)
     wanted = [*environment.requirements, *([environment.torch] if environment.torch else [])]
     if environment.extras is not None:
@@ -191,29 +193,37 @@ def build(name: str, environment: Environment, choice: str) -> None:
         warn_if_no_headers()
     say("checking that it imports")
     check_imports(python, environment)
-    (folder / STAMP).write_text(json.dumps({"digest": digest(name, environment)}) + "\n")
-    say(f".venvs/{name} is ready after {time.monotonic() - start:.0f} s")
+    write_stamp(folder, name, environment)
 
 
 def ensure(name: str, choice: str = "auto", adopt: bool = False) -> Path:
     """Make the environment unless a finished one is there; its folder."""
     environment = ENVIRONMENTS[name]
     folder = VENVS / name
+    log = VENVS / f"{name}.log"
     VENVS.mkdir(exist_ok=True)
     with (VENVS / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two makes at once: the second waits
-        if read_stamp(folder) == digest(name, environment):
+        found, wanted = read_stamp(folder), digests(name, environment)
+        if found == wanted:
             return folder
+        start = time.monotonic()
+        log.write_text("")
         if adopt:
             check_imports(str(folder / "bin" / "python"), environment)
-            (folder / STAMP).write_text(json.dumps({"digest": digest(name, environment)}) + "\n")
-            say(f".venvs/{name} taken as it is")
-            return folder
-        if folder.exists():
-            why = "is of other requirements" if read_stamp(folder) else "was left half made"
-            say(f".venvs/{name} {why}: removing it")
-            shutil.rmtree(folder)
-        build(name, environment, choice)
+            write_stamp(folder, name, environment)
+        elif found.get("packages") == wanted["packages"]:
+            say(f".venvs/{name}: setup.py has changed, installing the project again")
+            install(name, environment, choice, log)
+        else:
+            if folder.exists():
+                state = "is of other requirements" if found else "was left half made"
+                say(f".venvs/{name} {state}: removing it")
+                shutil.rmtree(folder)
+            say(f"making .venvs/{name}: about two minutes (log: {log.relative_to(ROOT)})")
+            make_venv(folder)
+            install(name, environment, choice, log)
+        say(f".venvs/{name} is ready after {time.monotonic() - start:.0f} s")
     return folder
 
 
