@@ -169,23 +169,22 @@ DOCUMENT_TEXT = """\
 
 Written by `python -m benchmarks.memory --write`; do not edit by hand.
 
-A short convolution remembers two values a channel: 8 KiB a layer in bfloat16. vLLM keeps them in
-the same pool of pages as keys and values, so what a request pays is pages, not bytes. The built-in
-model gives each conv layer a page of its own, padded to the size of an attention page (32 KiB at a
-block of 16 tokens), and these fall into as many groups as there are conv layers for an attention
-layer: three for every published model, each with its own block table. Ours packs the states of
-    those three layers into one page: one group, one block table, a third of the pages.
+A short convolution remembers two values a channel: 8 KiB a layer in bfloat16. vLLM keeps them in the same pool of
+pages as keys and values, so what a request pays is pages, not bytes. The built-in model gives each conv layer a page
+of its own, padded to the size of an attention page (32 KiB at a block of 16 tokens), and these fall into as many
+groups as there are conv layers to an attention layer: three for every published model, each with its own block table.
+Ours packs the states of those three layers into one page: one group, one block table, a third of the pages.
 
-How the figures are made: each model is built without weights as the engine builds it, its layers
-are asked for their cache specs, and vLLM {vllm}'s own planner (`get_kv_cache_configs`) is run on
-them. Device: H100 of 79.19 GiB, 92 % of it for the engine (vLLM's default), less the weights, less
-an assumed 3 GiB for activations and CUDA graphs. Blocks of 16 tokens, bfloat16 (or fp8) keys and values, requests of {tokens:,} tokens. "3 drafts" is n-gram speculation with three
-tokens a step. A request claims at most the conv bytes given here; with the prefix cache it holds
-half of them most of the time, but the engine admits requests by the full claim.
+How the figures are made: each model is built without weights as the engine builds it, its layers are asked for their
+cache specs, and vLLM {vllm}'s own planner (`get_kv_cache_configs`) is run on them. Device: H100 of 79.19 GiB, 92 % of
+it for the engine (vLLM's default), less the weights, less an assumed 3 GiB for activations and CUDA graphs. Blocks of
+16 tokens, bfloat16 (or fp8) keys and values, requests of {tokens:,} tokens. "3 drafts" is n-gram speculation with
+three tokens a step. "conv bytes a request" is what the engine admits a request by; with the prefix cache a request
+holds less than that most of the time.
 
-No GPU was used. Two things are set by hand: the free memory, and FlashAttention as the backend that
-page alignment looks at (vLLM's CPU attention wants blocks of 32 and more). "block size" is what vLLM's alignment makes of the 16: it grows the
-attention block when a state page does not fit into an attention page.
+No GPU was used. Two things are set by hand: the free memory, and FlashAttention as the backend that page alignment
+looks at (vLLM's CPU attention wants blocks of 32 and more). "block size" is what vLLM's alignment makes of the 16: it
+grows the attention block when a state page does not fit into an attention page.
 
 {tables}"""
 

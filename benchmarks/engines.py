@@ -1,0 +1,127 @@
+"""The engines that can be measured, behind one small interface.
+
+Each engine is imported only when it is opened, in a worker process (:mod:`benchmarks.worker`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmarks.workloads import Event, Request
+
+
+@dataclass(frozen=True)
+class Flags:
+    """How an engine is started; the same on both sides.
+
+    Attributes:
+        folder: the model.
+        random_weights: do not read weights, draw them.
+        one_process: the scheduler runs in our process and steps when it is told to.
+        arguments: the engine's own arguments, passed on as they are.
+    """
+
+    folder: Path
+    random_weights: bool
+    one_process: bool = True
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """A running engine.
+
+    Attributes:
+        stepping: the engine works only while :meth:`step` runs.
+        vocab_size: size of the model's vocabulary.
+        model_class: module and name of the class that serves.
+    """
+
+    stepping: bool
+    vocab_size: int
+    model_class: str
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests; their numbers count on from 0 since the last :meth:`clear`."""
+
+    def step(self) -> list[Event]:
+        """Wait for the next tokens of any request."""
+
+    def clear(self) -> None:
+        """Drop what is still running, and count from 0 again."""
+
+
+def model_class_of(model: Any) -> str:
+    """Module and name of a model's class; sent into the engine's worker processes."""
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+class VllmEngine:
+    """vLLM's own engine, as its offline ``LLM`` drives it."""
+
+    def __init__(self, flags: Flags) -> None:
+        from vllm import EngineArgs, LLMEngine, SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        arguments = {"dtype": "bfloat16", "disable_log_stats": True} | flags.arguments
+        if flags.random_weights:
+            arguments |= {"load_format": "dummy", "skip_tokenizer_init": True}
+        self._engine = LLMEngine.from_engine_args(EngineArgs(model=str(flags.folder), **arguments))
+        self.stepping = flags.one_process
+        self.vocab_size = self._engine.model_config.get_vocab_size()
+        self.model_class = self._engine.apply_model(model_class_of)[0]
+        self._params = lambda count: SamplingParams(
+            temperature=0.0,
+            max_tokens=count,
+            min_tokens=count,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self._round = self._count = 0
+        self._running: dict[str, int] = {}
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            name = f"{self._round}-{self._count}"
+            self._running[name] = self._count
+            self._count += 1
+            prompt = {"prompt_token_ids": list(request.prompt)}
+            self._engine.add_request(name, prompt, self._params(request.max_tokens))
+
+    def step(self) -> list[Event]:
+        outputs = self._engine.step()
+        now = time.perf_counter()
+        events = []
+        for output in outputs:
+            index = self._running[output.request_id]
+            if output.finished:
+                del self._running[output.request_id]
+            events.append(Event(now, index, len(output.outputs[0].token_ids), output.finished))
+        return events
+
+    def clear(self) -> None:
+        if self._running:
+            self._engine.abort_request(list(self._running))
+            self._running.clear()
+            while self._engine.has_unfinished_requests():
+                self._engine.step()
+        self._round += 1
+        self._count = 0
+
+
+ENGINES: dict[str, type[Engine]] = {"vllm": VllmEngine}
+
+
+def open_engine(name: str, flags: Flags) -> Engine:
+    """Start an engine.
+
+    Raises:
+        ValueError: no such engine.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"unknown engine {name!r}: choose one of {', '.join(ENGINES)}")
+    return ENGINES[name](flags)

@@ -1,0 +1,130 @@
+"""From samples to a table, a CSV file, a JSON file and a plot."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.driver import Pairs
+
+
+@dataclass(frozen=True)
+class Row:
+    """One workload's figures; rates in tokens a second, ratios are B's rate over A's (above 1: B is
+    faster).
+
+    The ratio is the median of the ratios pair by pair: what slows the machine for a while slows
+    both turns of a pair.
+    """
+
+    workload: str
+    kind: str
+    batch: int
+    context: int
+    pairs: int
+    a: float
+    b: float
+    ratio: float
+    ratio_min: float
+    ratio_max: float
+    b_faster: int
+    idle: float
+
+
+def row(pairs: Pairs) -> Row:
+    """Summarise one workload."""
+    ratios = [b.rate / a.rate for a, b in zip(pairs.a, pairs.b, strict=True)]
+    workload = pairs.workload
+    return Row(
+        workload=workload.name,
+        kind=workload.kind,
+        batch=workload.batch,
+        context=workload.context,
+        pairs=len(ratios),
+        a=median(sample.rate for sample in pairs.a),
+        b=median(sample.rate for sample in pairs.b),
+        ratio=median(ratios),
+        ratio_min=min(ratios),
+        ratio_max=max(ratios),
+        b_faster=sum(ratio > 1 for ratio in ratios),
+        idle=pairs.idle,
+    )
+
+
+def markdown(rows: Sequence[Row], labels: tuple[str, str]) -> str:
+    """The table for a README."""
+    a, b = labels
+    lines = [f"| tokens/s | {a} | {b} | ratio | range |", "| --- | --: | --: | --: | --: |"]
+    lines += [
+        f"| {r.workload} | {r.a:,.1f} | {r.b:,.1f} | {r.ratio:.2f} "
+        f"| {r.ratio_min:.2f}-{r.ratio_max:.2f} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(asdict(rows[0])))
+        writer.writeheader()
+        for r in rows:
+            rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(r).items()}
+            writer.writerow(rounded)
+
+
+def write_json(
+    path: Path, rows: Sequence[Row], pairs: Sequence[Pairs], facts: dict[str, Any]
+) -> None:
+    """Everything: provenance, the table and every sample."""
+    content = facts | {
+        "rows": [asdict(r) for r in rows],
+        "samples": [
+            {
+                "workload": asdict(p.workload),
+                "a": list(map(asdict, p.a)),
+                "b": list(map(asdict, p.b)),
+            }
+            for p in pairs
+        ],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def plot(path: Path, rows: Sequence[Row], labels: tuple[str, str], title: str) -> None:
+    """One bar a workload: the ratio, with the range over the pairs and the rates written beside
+    it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.9 + 0.42 * len(rows)), layout="constrained")
+    places = range(len(rows))
+    ratios = [r.ratio for r in rows]
+    spread = [[r.ratio - r.ratio_min for r in rows], [r.ratio_max - r.ratio for r in rows]]
+    colours = ["#2a7f62" if ratio >= 1 else "#b5502f" for ratio in ratios]
+    axes.barh(places, ratios, xerr=spread, color=colours, height=0.6, ecolor="#444444", capsize=2)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    for place, r in zip(places, rows, strict=True):
+        axes.annotate(
+            f"{r.b:,.0f} / {r.a:,.0f}",
+            (r.ratio_max, place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_yticks(places, [r.workload for r in rows], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(r.ratio_max for r in rows) * 1.2)
+    axes.set_xlabel(f"tokens/s of {labels[1]} over {labels[0]} (written beside: both)")
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
