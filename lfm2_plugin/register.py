@@ -16,6 +16,7 @@ import importlib.util
 import logging
 import os
 import re
+from typing import Any
 
 ARCHITECTURE = "Lfm2MoeForCausalLM"
 VLLM_CLASS = "vllm_model.model:Lfm2MoeForCausalLM"
@@ -51,10 +52,11 @@ def register_vllm() -> None:
     if switched_off():
         _log.info("%s=off: vLLM serves %s with its built-in model", SWITCH, ARCHITECTURE)
         return
-    registry = _vllm_registry()
-    known = registry.models.get(ARCHITECTURE)
-    if _where(known) == VLLM_CLASS:
+    vllm = _import_vllm()
+    registry = vllm.ModelRegistry
+    if _where(registry.models.get(ARCHITECTURE)) == VLLM_CLASS:
         return
+    _check_front(vllm.__version__)
     registry.register_model(ARCHITECTURE, VLLM_CLASS)
     _log.info(
         "lfm2-plugin serves %s in place of the built-in model (%s=off brings that one back)",
@@ -110,11 +112,10 @@ def check_release(version: str, supported: tuple[str, str]) -> str | None:
     return None
 
 
-def _vllm_registry():  # type: ignore[no-untyped-def]
-    """VLLM's model registry, once vLLM and our front for it are known to be fit."""
-    engine = _import_vllm()
+def _check_front(version: str) -> None:
+    """Make sure that our front for vLLM is whole and fits this release of vLLM."""
     front = importlib.import_module("vllm_model")
-    warning = check_release(engine.__version__, front.SUPPORTED)
+    warning = check_release(version, front.SUPPORTED)
     if warning:
         _log.warning("%s; run `lfm2 doctor` to check it", warning)
     module = VLLM_CLASS.partition(":")[0]
@@ -123,10 +124,9 @@ def _vllm_registry():  # type: ignore[no-untyped-def]
             f"{module} is missing beside {front.__file__}: the installation of lfm2-plugin is "
             "incomplete, reinstall it"
         )
-    return engine.ModelRegistry
 
 
-def _import_vllm():  # type: ignore[no-untyped-def]
+def _import_vllm() -> Any:
     if importlib.util.find_spec("vllm") is None:
         raise PluginError(
             "vLLM is not installed in this Python: pip install 'lfm2-plugin[vllm]' on a GPU machine, "

@@ -1,0 +1,162 @@
+"""Registration against a stand-in for vLLM: ``pytest tests/core/test_register.py`` (real one: tests/engine_vllm).
+
+Each case runs in a process of its own, with a folder of small fake modules in front of the path.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lfm2_plugin.register import PluginError, check_release, switched_off
+
+ROOT = Path(__file__).resolve().parents[2]
+SUPPORTED = ("0.31.0", "0.32.0")
+VLLM = """
+__version__ = {version!r}
+class Lazy:
+    def __init__(self, module, name): self.module_name, self.class_name = module, name
+class Registry:
+    def __init__(self): self.models, self.calls = {{"Other": Lazy("vllm.other", "Other")}}, 0
+    def register_model(self, arch, cls):
+        self.calls += 1
+        self.models[arch] = Lazy(*cls.split(":"))
+ModelRegistry = Registry()
+ModelRegistry.models["Lfm2MoeForCausalLM"] = Lazy("vllm.model_executor.models.lfm2_moe", "Lfm2MoeForCausalLM")
+"""
+FRONT = f"SUPPORTED = {SUPPORTED!r}\n"
+CALL_TWICE = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(name)s %(message)s")
+from lfm2_plugin.register import register_vllm
+register_vllm(); register_vllm()
+import vllm
+print("CALLS", vllm.ModelRegistry.calls)
+for arch, entry in vllm.ModelRegistry.models.items():
+    print("SERVES", arch, entry.module_name + ":" + entry.class_name)
+"""
+
+
+def fakes(folder: Path, *, version: str = "0.32.0", front: str = FRONT, model: bool = True) -> Path:
+    """A folder with a fake ``vllm`` and a fake ``vllm_model``."""
+    files = {"vllm/__init__.py": VLLM.format(version=version), "vllm_model/__init__.py": front}
+    if model:
+        files["vllm_model/model.py"] = (
+            "raise RuntimeError('registration must not import the model')\n"
+        )
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def call(
+    folder: Path, code: str = CALL_TWICE, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("LFM2_", "VLLM_"))}
+    variables |= {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", **environment}
+    # -S leaves site-packages out, where the real ones may be; the door needs nothing from there.
+    return subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env=variables,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+
+
+def test_overrides_once_and_touches_nothing_else(tmp_path: Path):
+    done = call(fakes(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "CALLS 1" in done.stdout
+    assert "SERVES Lfm2MoeForCausalLM vllm_model.model:Lfm2MoeForCausalLM" in done.stdout
+    assert "SERVES Other vllm.other:Other" in done.stdout
+    logged = [line for line in done.stdout.splitlines() if line.startswith(("INFO", "WARNING"))]
+    assert len(logged) == 1
+    assert logged[0].startswith("INFO vllm.plugins.lfm2 lfm2-plugin serves Lfm2MoeForCausalLM")
+
+
+@pytest.mark.parametrize("value", ["off", "OFF", " off "])
+def test_off_leaves_the_builtin_and_says_so(tmp_path: Path, value: str):
+    done = call(fakes(tmp_path), LFM2_PLUGIN=value)
+    assert done.returncode == 0, done.stderr
+    assert "CALLS 0" in done.stdout
+    assert "SERVES Lfm2MoeForCausalLM vllm.model_executor.models.lfm2_moe" in done.stdout
+    assert "INFO vllm.plugins.lfm2 LFM2_PLUGIN=off" in done.stdout
+
+
+def test_a_switch_that_is_neither_on_nor_off(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LFM2_PLUGIN", "nope")
+    with pytest.raises(
+        PluginError, match="LFM2_PLUGIN='nope' is not understood: set it to 'on' or 'off'"
+    ):
+        switched_off()
+
+
+def test_vllm_absent(tmp_path: Path):
+    folder = fakes(tmp_path)
+    (folder / "vllm" / "__init__.py").unlink()
+    (folder / "vllm").rmdir()
+    done = call(folder)
+    assert done.returncode == 1
+    assert "PluginError: vLLM is not installed in this Python: pip install" in done.stderr
+
+
+def test_too_old_is_refused(tmp_path: Path):
+    done = call(fakes(tmp_path, version="0.30.2"))
+    assert done.returncode == 1
+    assert (
+        "PluginError: vLLM 0.30.2 is too old for lfm2-plugin, which needs 0.31.0 or newer"
+        in done.stderr
+    )
+    assert "LFM2_PLUGIN=off" in done.stderr
+
+
+def test_newer_is_registered_with_one_warning(tmp_path: Path):
+    done = call(fakes(tmp_path, version="0.33.0"))
+    assert done.returncode == 0, done.stderr
+    assert "SERVES Lfm2MoeForCausalLM vllm_model.model:Lfm2MoeForCausalLM" in done.stdout
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == 1
+    assert "vLLM 0.33.0 is newer than 0.32.0" in warnings[0]
+
+
+def test_a_broken_front_is_loud(tmp_path: Path):
+    done = call(fakes(tmp_path, front="raise ImportError('libbroken.so')\n"))
+    assert done.returncode == 1
+    assert "ImportError: libbroken.so" in done.stderr
+
+
+def test_a_front_without_its_model_is_loud(tmp_path: Path):
+    done = call(fakes(tmp_path, model=False))
+    assert done.returncode == 1
+    assert "PluginError: vllm_model.model is missing beside" in done.stderr
+    assert "reinstall" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "version", ["0.31.0", "0.31.4", "0.32.0", "0.32.1", "0.32.0+cpu", "0.32.1.dev3+gab"]
+)
+def test_releases_inside_the_range(version: str):
+    assert check_release(version, SUPPORTED) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "text"),
+    [
+        ("0.33.0", "newer than 0.32.0"),
+        ("0.33.0rc1", "newer than 0.32.0"),
+        ("1.0", "newer than 0.32.0"),
+        ("dev", "no release number"),
+    ],
+)
+def test_releases_that_are_warned_of(version: str, text: str):
+    assert text in (check_release(version, SUPPORTED) or "")
+
+
+@pytest.mark.parametrize("version", ["0.30.9", "0.9.2", "0.30.2.dev1+g1"])
+def test_releases_that_are_refused(version: str):
+    with pytest.raises(PluginError, match=r"too old .* 0\.31\.0 or newer"):
+        check_release(version, SUPPORTED)
