@@ -102,7 +102,10 @@ class Lfm2MoeDecoderLayer(nn.Module):
         return self.feed_forward(hidden_states), residual
 
 
-@support_torch_compile
+@support_torch_compile(
+    # The dimension that is the number of tokens. vLLM would read it off the annotations, which are strings here.
+    dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0}
+)
 class Lfm2MoeModel(nn.Module, EagleModelMixin):
     """Embedding, decoder layers and final norm; the part that vLLM compiles."""
 
