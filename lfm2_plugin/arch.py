@@ -1,10 +1,12 @@
 """The shape of an LFM2-MoE model, read from its config and checked once.
 
-Everything downstream (ops, checkpoint tables, memory arithmetic, both engine packages) asks :class:`Lfm2MoeArch` and never
-the Hugging Face config, so what a config may look like is known in this file only.
+Everything downstream (ops, checkpoint tables, memory arithmetic, both engine packages) asks
+:class:`Lfm2MoeArch` and never the Hugging Face config, so what a config may look like is known in
+this file only.
 
-Dimension letters used in the whole package: T tokens, S sequences, D hidden, K conv width, H query heads, G key-value heads,
-P head dim, E experts, A experts per token, F expert width, V vocabulary.
+Dimension letters used in the whole package: T tokens, S sequences, D hidden, K conv width,
+H query heads, G key-value heads, P head dim, E experts, A experts per token, F expert width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ CONV = "conv"
 ATTENTION = "full_attention"
 CONV_WIDTHS = range(2, 9)
 
-# What the Hugging Face class assumes where a config.json is silent. Sizes and layer_types are not among them on purpose: a
-# config without these is broken, and a guessed size shows up much later as a wrong shape.
+# What the Hugging Face class assumes where a config.json is silent. Sizes and layer_types are not
+# among them on purpose: a config without these is broken, and a guessed size shows up much later
+# as a wrong shape.
 _DEFAULTS: dict[str, Any] = {
     "conv_L_cache": 3,
     "conv_bias": False,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import Lfm2MoeConfig, Lfm2MoeForCausalLM
 
-# Divides by TP = 2 and EP = 2; head dim 32 and expert width 64 suit vLLM's CPU kernels; three convolutions to an attention
-# layer, as in the published models.
+# Divides by TP = 2 and EP = 2; head dim 32 and expert width 64 suit vLLM's CPU kernels; three
+# convolutions to an attention layer, as in the published models.
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 128,

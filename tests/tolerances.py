@@ -1,6 +1,7 @@
 """Every bound that a test may use, with its reason. A test names a row; it never brings a number of its own.
 
-``rtol`` and ``atol`` are those of torch.testing.assert_close. Rounding units: float32 2**-24, float16 2**-11, bfloat16 2**-8.
+``rtol`` and ``atol`` are those of torch.testing.assert_close. Rounding units: float32 2**-24,
+float16 2**-11, bfloat16 2**-8.
 """
 
 from __future__ import annotations

@@ -1,1 +1,5 @@
-"""Operators, one folder each: the door (shapes, dtypes, errors), ``naive`` (the truth) and ``native`` (vectorised torch)."""
+"""Operators, one folder each.
+
+The folder's ``__init__`` is the door (shapes, dtypes, errors), ``naive`` the truth, ``native`` the
+vectorised torch that runs on CPUs.
+"""

@@ -153,7 +153,7 @@ def test_native_equals_naive(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("run", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 def test_untouched(run) -> None:
-    """Null slot, slots of nobody and columns beyond the state keep their NaN; null and padding rows are exactly zero."""
+    """What is not in the step keeps its bits; null and padding rows are exactly zero."""
     case = Case("", [1, 2, 1], [6, 5], nulls=[1, 4], padding=3, drafts=3)
     bcx, weight, bias, state, batch = make_step(case, torch.float32)
     before = state.clone()

@@ -4,17 +4,17 @@ For token t and channel c, with ``u = B * x`` rounded to the activation dtype as
 
     y[t, c] = C[t, c] * (sum over k of weight[c, k] * u[t - K + 1 + k, c]  (+ bias[c]))
 
-The sum is taken in float32 and rounded once to the activation dtype, then multiplied by C. Values before a sequence's query
-come from its state (oldest first), or are zeros where it has none.
+The sum is taken in float32 and rounded once to the activation dtype, then multiplied by C. Values
+before a sequence's query come from its state (oldest first), or are zeros where it has none.
 
 State of a sequence, with h its K - 1 values of history and u those of its query:
 
 - after a prefill, columns 0 .. K-2 are the last K - 1 values of ``concat(h, u)``;
-- after a decode of q tokens, columns 0 .. K-3+q are ``concat(h, u)[1:]``, so that any number of accepted drafts can be the
-  history of the next step (it starts at column ``num_accepted - 1``).
+- after a decode of q tokens, columns 0 .. K-3+q are ``concat(h, u)[1:]``, so that any number of
+  accepted drafts can be the history of the next step (it starts at column ``num_accepted - 1``).
 
-Other columns and other slots stay as they are. A sequence in the null slot, or without tokens, gives zeros and touches nothing;
-padding rows give zeros.
+Other columns and other slots stay as they are. A sequence in the null slot, or without tokens,
+gives zeros and touches nothing; padding rows give zeros.
 """
 
 from __future__ import annotations

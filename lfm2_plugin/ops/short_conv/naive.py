@@ -1,4 +1,7 @@
-"""The short convolution as two loops, over sequences and over tokens. This text defines the op; the others must agree."""
+"""The short convolution as two loops, over sequences and over tokens.
+
+This text defines the op; the other implementations must agree with it.
+"""
 
 from __future__ import annotations
 
