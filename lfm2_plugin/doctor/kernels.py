@@ -1,0 +1,81 @@
+"""The implementation that each operator runs on each kind of device, and a short comparison with the naive one."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from lfm2_plugin.conv_batch import ConvBatch
+from lfm2_plugin.dispatch import ImpossibleChoice, implementation
+from lfm2_plugin.doctor.findings import Finding
+from lfm2_plugin.ops.short_conv import short_conv, short_conv_naive
+
+# Both sides compute in float32 and may sum in another order; 1e-5 is some 80 roundings of a float32.
+BOUND = 1e-5
+Outputs = list[torch.Tensor]
+
+
+def kernel_findings() -> Iterator[Finding]:
+    """One finding an operator and kind of device."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        for name, check in CHECKS.items():
+            yield _compare(name, check, device)
+
+
+def _compare(name: str, check: Callable[[str], tuple[Outputs, Outputs]], device: str) -> Finding:
+    label = f"{name} on {device}"
+    try:
+        chosen = implementation(device)
+    except ImpossibleChoice as error:
+        return Finding("kernels", label, "fault", str(error))
+    start = time.monotonic()
+    try:
+        ours, naive = check(device)
+    except Exception as error:  # whatever a kernel raises is the finding
+        return Finding("kernels", label, "fault", f"{chosen}: {type(error).__name__}: {error}")
+    seconds = time.monotonic() - start
+    worst = max(relative_error(a, b) for a, b in zip(ours, naive, strict=True))
+    text = f"{chosen}, largest error against naive {worst:.1e} of {BOUND:.0e} allowed ({seconds:.2f} s)"
+    if worst <= BOUND:
+        return Finding("kernels", label, "ok", text)
+    return Finding(
+        "kernels", label, "fault", text, "report this with the output of `lfm2 doctor --json`"
+    )
+
+
+def relative_error(ours: torch.Tensor, naive: torch.Tensor) -> float:
+    """Largest difference over the largest magnitude; infinite where ours is not finite."""
+    if not torch.isfinite(ours).all():
+        return float("inf")
+    scale = naive.abs().max().clamp_min(1e-30)
+    return float((ours.float() - naive.float()).abs().max() / scale)
+
+
+def check_short_conv(device: str) -> tuple[Outputs, Outputs]:
+    """Two decodes and two prefills in one step: outputs and states of both sides."""
+    generator = torch.Generator().manual_seed(0)
+    D, K = 256, 3
+    lengths = [1, 1, 2, 60]
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    bcx = torch.randn(sum(lengths) + 4, 3 * D, generator=generator).to(device)  # 4 rows of padding
+    weight = torch.randn(D, K, generator=generator).to(device)
+    state = torch.randn(8, D, K - 1, generator=generator).to(device)
+    results = []
+    for run in (short_conv, short_conv_naive):
+        batch = ConvBatch(
+            slots=torch.tensor([5, 2, 7, 1], dtype=torch.int32, device=device),
+            query_start=starts.to(device),
+            has_initial_state=torch.tensor([True, True, False, True], device=device),
+            num_decodes=2,
+            num_decode_tokens=2,
+            num_prefills=2,
+            num_prefill_tokens=62,
+        )
+        moved, out = state.clone(), torch.full((bcx.shape[0], D), float("nan"), device=device)
+        run(bcx, weight, None, moved, batch, out)
+        results.append([out, moved])
+    return results[0], results[1]
+
+
+CHECKS: dict[str, Callable[[str], tuple[Outputs, Outputs]]] = {"short_conv": check_short_conv}
