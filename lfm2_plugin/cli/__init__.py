@@ -30,8 +30,8 @@ def _options(
     pass
 
 
-@app.command()
-def doctor(
+@app.command("doctor")
+def _doctor(
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check the installation: versions, the class each engine resolves, kernels. Exit status 1 on a fault."""
@@ -40,8 +40,8 @@ def doctor(
     raise typer.Exit(run(as_json=json))
 
 
-@app.command()
-def demo(
+@app.command("demo")
+def _demo(
     engine: Annotated[Literal["vllm"], typer.Option(help="The engine that serves.")] = "vllm",
     model: Annotated[str, typer.Option(help="Serve this checkpoint, not the demo model.")] = "",
     port: Annotated[int, typer.Option(help="Port of the server; 0 takes a free one.")] = 0,

@@ -1,0 +1,218 @@
+"""The doctor finds what is wrong, and nothing where all is well: ``pytest tests/core/test_doctor.py``."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lfm2_plugin.cli import app
+from lfm2_plugin.doctor import Finding, diagnose, engines, healthy, kernels
+from lfm2_plugin.doctor.machine import cpu_flags, machine_findings, version_findings
+from lfm2_plugin.register import PluginError
+
+OURS = {
+    "engine": "0.32.0",
+    "module": "vllm_model.model",
+    "file": "/x/vllm_model/model.py",
+    "ours": True,
+}
+BUILTIN = {
+    "engine": "0.32.0",
+    "module": "vllm.model_executor.models.lfm2_moe",
+    "file": "/y.py",
+    "ours": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch):
+    for name in ("LFM2_PLUGIN", "LFM2_PLUGIN_OPS", "VLLM_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def vllm_answers(monkeypatch: pytest.MonkeyPatch):
+    """Has vLLM, to the doctor's knowledge, resolve a given class."""
+
+    def answer(with_what: dict | Exception):
+        def ask(_code: str) -> dict:
+            if isinstance(with_what, Exception):
+                raise with_what
+            return with_what
+
+        monkeypatch.setattr(engines, "ask", ask)
+        monkeypatch.setattr(engines.util, "find_spec", lambda name: name == "vllm")
+
+    return answer
+
+
+def vllm_finding() -> Finding:
+    (finding,) = (f for f in engines.engine_findings() if f.name == "vllm")
+    return finding
+
+
+def test_ours(vllm_answers):
+    vllm_answers(OURS)
+    finding = vllm_finding()
+    assert finding.status == "ok"
+    assert (
+        "vLLM 0.32.0 serves Lfm2MoeForCausalLM with vllm_model.model (/x/vllm_model/model.py)"
+        in finding.text
+    )
+
+
+def test_switched_off_is_a_note(vllm_answers, monkeypatch: pytest.MonkeyPatch):
+    vllm_answers(BUILTIN)
+    monkeypatch.setenv("LFM2_PLUGIN", "off")
+    found = {f.name: f for f in engines.engine_findings()}
+    assert found["LFM2_PLUGIN"].status == "note"
+    assert "built-in" in found["LFM2_PLUGIN"].text
+    assert found["vllm"].status == "note"
+    assert "vllm.model_executor.models.lfm2_moe" in found["vllm"].text
+
+
+def test_builtin_without_being_asked_for_is_a_fault(vllm_answers):
+    vllm_answers(BUILTIN)
+    assert vllm_finding().status == "fault"
+    assert "another plugin" in vllm_finding().remedy
+
+
+def test_left_out_by_the_engines_own_switch(vllm_answers, monkeypatch: pytest.MonkeyPatch):
+    vllm_answers(BUILTIN)
+    monkeypatch.setenv("VLLM_PLUGINS", "some_other")
+    assert vllm_finding().status == "fault"
+    assert "VLLM_PLUGINS='some_other' leaves 'lfm2' out" in vllm_finding().remedy
+
+
+def test_an_engine_that_fails_is_a_fault(vllm_answers):
+    vllm_answers(PluginError("asking vLLM failed with exit status 1: ImportError: libx.so"))
+    assert vllm_finding().status == "fault"
+    assert "libx.so" in vllm_finding().text
+
+
+def test_no_engine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engines.util, "find_spec", lambda name: None)
+    assert vllm_finding().status == "fault"
+    assert "pip install" in vllm_finding().remedy
+
+
+def test_a_switch_not_understood(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LFM2_PLUGIN", "maybe")
+    (finding,) = engines.engine_findings()
+    assert finding.status == "fault"
+    assert "'maybe'" in finding.text
+
+
+def test_asking_returns_the_marked_line():
+    assert engines.ask("print('noise'); print('resolved:', '{\"a\": 1}'); print('more noise')") == {
+        "a": 1
+    }
+
+
+def test_asking_reports_what_was_said_last():
+    with pytest.raises(PluginError, match=r"exit status 3: .*first \| second"):
+        engines.ask("import sys; print('first'); print('second', file=sys.stderr); sys.exit(3)")
+
+
+def test_asking_gives_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engines, "TIMEOUT_S", 0.2)
+    with pytest.raises(PluginError, match="did not answer within"):
+        engines.ask("import time; time.sleep(30)")
+
+
+@pytest.mark.parametrize("name", kernels.CHECKS)
+def test_kernels_are_sound(name: str):
+    (finding,) = (f for f in kernels.kernel_findings() if f.name == f"{name} on cpu")
+    assert finding.status == "ok", finding.text
+
+
+@pytest.mark.parametrize("name", kernels.CHECKS)
+@pytest.mark.parametrize("damage", ["off by a thousandth", "nan"])
+def test_a_wrong_kernel_is_a_fault(monkeypatch: pytest.MonkeyPatch, name: str, damage: str):
+    check = kernels.CHECKS[name]
+
+    def damaged(device: str):
+        ours, naive = check(device)
+        ours[0] = ours[0].float()
+        ours[0].view(-1)[3] += (
+            float("nan") if damage == "nan" else 1e-3 * naive[0].float().abs().max()
+        )
+        return ours, naive
+
+    monkeypatch.setitem(kernels.CHECKS, name, damaged)
+    (finding,) = (f for f in kernels.kernel_findings() if f.name == f"{name} on cpu")
+    assert finding.status == "fault"
+
+
+def test_a_kernel_that_raises_is_a_fault(monkeypatch: pytest.MonkeyPatch):
+    def broken(device: str):
+        raise RuntimeError("illegal instruction")
+
+    monkeypatch.setitem(kernels.CHECKS, "short_conv", broken)
+    finding = next(kernels.kernel_findings())
+    assert (finding.status, "illegal instruction" in finding.text) == ("fault", True)
+
+
+def test_an_impossible_choice_of_kernels_is_a_fault(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LFM2_PLUGIN_OPS", "fastest")
+    assert {f.status for f in kernels.kernel_findings()} == {"fault"}
+
+
+def test_the_forced_implementation_is_reported(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LFM2_PLUGIN_OPS", "naive")
+    assert all(f.text.startswith("naive,") for f in kernels.kernel_findings())
+
+
+def test_versions_name_torch_and_the_package():
+    texts = {f.name: f.text for f in version_findings()}
+    assert texts["torch"] == torch.__version__
+    assert "lfm2_plugin" in texts["lfm2-plugin"]
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "name"),
+    [
+        (
+            "processor : 0\nmodel name : AMD X\nflags : fpu avx2 avx512f\n",
+            {"avx2", "avx512f"},
+            "AMD X",
+        ),
+        ("processor\t: 0\nFeatures\t: fp asimd i8mm\n", {"asimd", "i8mm"}, None),
+    ],
+    ids=["x86", "arm"],
+)
+def test_reading_cpuinfo(tmp_path: Path, text: str, flags: set[str], name: str | None):
+    (tmp_path / "cpuinfo").write_text(text)
+    found, model = cpu_flags(tmp_path / "cpuinfo")
+    assert flags <= found
+    assert model == name or name is None
+
+
+def test_no_compiler_is_a_warning(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    (finding,) = (f for f in machine_findings() if f.name == "C++ compiler")
+    assert finding.status == "warning"
+    assert "--enforce-eager" in finding.remedy
+
+
+@pytest.mark.parametrize(("answer", "status"), [(OURS, 0), (BUILTIN, 1)], ids=["ours", "built-in"])
+def test_the_command(vllm_answers, answer: dict, status: int):
+    vllm_answers(answer)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == status, result.output
+    assert ("No faults." in result.output) == (status == 0)
+    as_json = CliRunner().invoke(app, ["doctor", "--json"])
+    assert as_json.exit_code == status
+    report = json.loads(as_json.output)
+    assert report["healthy"] == (status == 0)
+    assert {f["area"] for f in report["findings"]} == {"versions", "machine", "engine", "kernels"}
+
+
+def test_one_fault_is_enough(vllm_answers):
+    vllm_answers(OURS)
+    findings = diagnose()
+    assert healthy(findings)
+    assert not healthy([*findings, Finding("engine", "x", "fault", "")])
