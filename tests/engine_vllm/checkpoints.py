@@ -1,0 +1,122 @@
+"""The checkpoints that the suite serves: random ones of different shapes, and the demo model.
+
+Random checkpoints are kept under .cache/, keyed by what they are made of.
+"""
+
+import hashlib
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import tiny
+from engines import CACHE, REPO
+
+DEMO = REPO / "lfm2_plugin" / "demo" / "model"
+VOCAB = 512
+
+# Tied head, no bias, K=3, theta 1e6; six layers, the first three dense, so that half of the layers
+# make a pipeline stage without experts.
+ALPHA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "layer_types": ["conv", "conv", "full_attention", "conv", "conv", "conv"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_dense_layers": 3,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "max_position_embeddings": 4096,
+}
+# Untied head, biases, K=4, theta 5e6, heads wider than hidden/heads, one kv head (replicated under
+# TP=2), other numbers of experts, weights not renormalised but scaled, attention first.
+BETA = {
+    **ALPHA,
+    "hidden_size": 192,
+    "intermediate_size": 320,
+    "moe_intermediate_size": 96,
+    "num_hidden_layers": 5,
+    "layer_types": ["full_attention", "conv", "conv", "full_attention", "conv"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "num_experts": 12,
+    "num_experts_per_tok": 3,
+    "num_dense_layers": 1,
+    "conv_L_cache": 4,
+    "conv_bias": True,
+    "tie_word_embeddings": False,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e6},
+}
+# Two layers: quick to compile, for tests that ask about one thing.
+SMALL = {
+    **ALPHA,
+    "num_hidden_layers": 2,
+    "layer_types": ["conv", "full_attention"],
+    "num_dense_layers": 1,
+    "num_experts": 4,
+}
+SPECS: dict[str, dict[str, Any]] = {
+    "alpha": ALPHA,
+    "beta": BETA,
+    "small": SMALL,
+    # Nothing of beta's that the built-in gets wrong but the head.
+    "untied": {**SMALL, "tie_word_embeddings": False},
+    "wide_heads": {**SMALL, "head_dim": 64},
+    # A conv state that outgrows the smallest attention page with 7 drafts.
+    "narrow": {**SMALL, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 1},
+}
+
+
+def checkpoint(name: str) -> Path:
+    """Folder of the named checkpoint (config.json and safetensors, float32), made when absent."""
+    if name == "demo":
+        return DEMO
+    return made({"spec": SPECS[name], "seed": list(SPECS).index(name)})
+
+
+def made(recipe: dict[str, Any]) -> Path:
+    source = inspect.getsource(tiny)
+    key = hashlib.sha256((json.dumps(recipe, sort_keys=True) + source).encode()).hexdigest()[:16]
+    folder = CACHE / "checkpoints" / key
+    if not (folder / "config.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tiny.make_checkpoint(partial, recipe["seed"], **recipe["spec"])
+        partial.rename(folder)
+    return folder
+
+
+def altered(source: Path, target: Path, change=None, config: dict[str, Any] | None = None) -> Path:
+    """A copy of a checkpoint with changed tensors (``change`` edits the dict) and config entries.
+
+    Config entries of None are removed.
+    """
+    from safetensors.torch import load_file, save_file
+
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
+            shutil.copy(path, target / path.name)
+    tensors: dict[str, Any] = {}
+    for path in sorted(source.glob("*.safetensors")):
+        tensors |= load_file(path)
+    if change is not None:
+        change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    values = {**json.loads((target / "config.json").read_text()), **(config or {})}
+    text = json.dumps({k: v for k, v in values.items() if v is not None}, indent=2)
+    (target / "config.json").write_text(text)
+    return target

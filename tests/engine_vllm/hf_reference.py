@@ -1,0 +1,122 @@
+"""What transformers says: greedy continuations, and per step how clear each decision was.
+
+Everything is computed in one process without an engine, once per content (checkpoint bytes, prompts,
+dtype, length), and kept under .cache/ so that both engine versions are held to the same reference.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from engines import CACHE
+
+BATCH_TOKENS = 4096  # tokens of one prefill batch
+
+
+@dataclass
+class Greedy:
+    """One prompt's greedy continuation in transformers.
+
+    tokens: the continuation. logprobs: log-probability of each of its tokens, natural log.
+    margins: logit of the chosen token minus the next best one's, per step.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    margins: list[float]
+
+
+def fingerprint(folder: Path, *parts: object) -> str:
+    """Hash of the checkpoint's config and weights, and of the other parts."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix == ".safetensors" or path.name == "config.json":
+            digest.update(path.name.encode() + path.read_bytes())
+    digest.update(json.dumps(parts).encode())
+    return digest.hexdigest()[:24]
+
+
+def load(folder: Path, dtype: torch.dtype):
+    """The checkpoint in transformers, eager attention, evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)  # matrices this small lose time to a second thread
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    ).eval()
+
+
+def batches(prompts: list[list[int]]) -> list[list[int]]:
+    """Indices of the prompts, grouped by equal length (no padding) into batches."""
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        by_length[len(prompt)].append(index)
+    groups = []
+    for length, indices in by_length.items():
+        step = max(1, BATCH_TOKENS // length)
+        groups += [indices[i : i + step] for i in range(0, len(indices), step)]
+    return groups
+
+
+@torch.inference_mode()
+def decode(model, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """(S, T) prompts -> (S, new_tokens) greedy continuation with the model's own cache."""
+    past, step, made = None, ids, []
+    for _ in range(new_tokens):
+        out = model(step, past_key_values=past, use_cache=True, logits_to_keep=1)
+        past, step = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+        made.append(step)
+    return torch.cat(made, dim=1)
+
+
+@torch.inference_mode()
+def score(model, ids: torch.Tensor, tail: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One plain forward of (S, T) ids -> for the last ``tail`` tokens of each row: the greedy choice,
+    its margin over the runner-up, and the log-probability of the token that is there, all (S, tail).
+    """
+    logits = model(ids, use_cache=False, logits_to_keep=tail + 1).logits[:, :-1].float()
+    best = logits.topk(2, dim=-1)
+    there = logits.log_softmax(-1).gather(-1, ids[:, -tail:, None])[..., 0]
+    return best.indices[..., 0], best.values[..., 0] - best.values[..., 1], there
+
+
+def greedy(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[Greedy]:
+    """float32 greedy continuations; decoding with the cache must equal one plain forward."""
+    path = CACHE / "reference" / f"{fingerprint(folder, 'greedy', prompts, new_tokens)}.json"
+    if path.exists():
+        return [Greedy(**row) for row in json.loads(path.read_text())]
+    model = load(folder, torch.float32)
+    rows: list[Greedy | None] = [None] * len(prompts)
+    for group in batches(prompts):
+        ids = torch.tensor([prompts[i] for i in group])
+        made = decode(model, ids, new_tokens)
+        choice, margin, logprob = score(model, torch.cat([ids, made], 1), new_tokens)
+        assert torch.equal(choice, made), "transformers disagrees with itself: decode and forward"
+        for row, index in enumerate(group):
+            rows[index] = Greedy(*(x[row].tolist() for x in (made, logprob, margin)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(row) for row in rows]))
+    return rows
+
+
+def teacher_forced(
+    folder: Path, texts: list[list[int]], tail: int, dtype: torch.dtype
+) -> list[list[float]]:
+    """Log-probabilities of the last ``tail`` tokens of each text in the given dtype."""
+    key = fingerprint(folder, "forced", texts, tail, str(dtype))
+    path = CACHE / "reference" / f"{key}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    model = load(folder, dtype)
+    rows: list[list[float]] = [[]] * len(texts)
+    for group in batches(texts):
+        logprob = score(model, torch.tensor([texts[i] for i in group]), tail)[2]
+        for row, index in enumerate(group):
+            rows[index] = logprob[row].tolist()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows))
+    return rows

@@ -1,0 +1,30 @@
+"""``vllm serve`` for the length of a block."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engines import BASE_ENV, CACHE
+
+from lfm2_plugin.cli.server import free_port, serving
+
+ENV = {k: v for k, v in BASE_ENV.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+
+
+def command(*words: str) -> list[str]:
+    """A vllm command line with the suite's environment."""
+    values = {**ENV, "VLLM_CACHE_ROOT": str(CACHE / "vllm")}
+    values["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "inductor")
+    return ["env", *(f"{k}={v}" for k, v in values.items()), *CLI, *words]
+
+
+@contextmanager
+def served(model: Path, options: list[str], log: Path, timeout: float = 300) -> Iterator[str]:
+    """Base address of a server for ``model``, which it knows under the name "model"."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    words = ["serve", str(model), "--port", str(port), "--served-model-name", "model", *options]
+    with serving(command(*words), url, log, timeout, lambda line: None):
+        yield url

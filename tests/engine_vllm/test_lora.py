@@ -1,0 +1,55 @@
+"""Adapters made by PEFT answer like the model they were merged into; the base model stays as it was."""
+
+import pytest
+from adapters import ATTENTION, CONV, EXPERTS, MLP, adapter
+from hf_reference import greedy
+from references import NEW_TOKENS, Case, assert_same, cases
+
+pytestmark = pytest.mark.engine
+
+LORA = {"dtype": "float32", "enable_lora": True, "max_lora_rank": 8}
+TARGETS = {
+    "attention": (ATTENTION, []),
+    "conv": (CONV, []),
+    "mlp": (MLP, []),
+    "experts": ([], EXPERTS),
+    "all": (ATTENTION + CONV + MLP, EXPERTS),
+}
+
+
+def adapted_cases(model: str, merged) -> list[Case]:
+    """The shorter prompts and the merged model's answers, where these are clear in every step."""
+    asked = [c.prompt for c in cases(model) if len(c.prompt) <= 300][:80]
+    answers = greedy(merged, asked, NEW_TOKENS)
+    return [Case(p, a) for p, a in zip(asked, answers, strict=True) if min(a.margins) > 1e-3]
+
+
+@pytest.mark.parametrize("model", ["alpha", "beta"])
+def test_adapters_equal_the_merged_models(run, model):
+    """One engine, every adapter in it; between them the base model."""
+    base = {"prompts": [c.prompt for c in cases(model)[:40]]}
+    steps, expected = [base], [list(cases(model)[:40])]
+    for modules, parameters in TARGETS.values():
+        folder, merged = adapter(model, modules, parameters)
+        asked = adapted_cases(model, merged)
+        steps += [{"prompts": [c.prompt for c in asked], "lora": str(folder)}, base]
+        expected += [asked, expected[0]]
+    engine = {**LORA, "max_loras": 1, "max_cpu_loras": 8, "enable_prefix_caching": False}
+    result = run(model, engine, steps)["steps"]
+    for outputs, asked in zip(result, expected, strict=True):
+        assert_same(outputs, asked)
+    changed = sum(
+        a.expected.tokens != b.expected.tokens
+        for a, b in zip(expected[1], expected[0], strict=False)
+    )
+    assert changed > len(expected[0]) / 2  # the adapters matter
+
+
+def test_tensor_parallel(run):
+    folder, merged = adapter("alpha", *TARGETS["all"])
+    asked = adapted_cases("alpha", merged)
+    step = {"prompts": [c.prompt for c in asked], "lora": str(folder)}
+    engine = {**LORA, "tensor_parallel_size": 2, "enable_prefix_caching": True}
+    result = run("alpha", engine, [step, step], timeout=400)["steps"]
+    assert_same(result[0], asked)
+    assert_same(result[1], asked)

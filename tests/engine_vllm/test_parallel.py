@@ -1,0 +1,83 @@
+"""Several processes: tensor, pipeline, expert and data parallel give the tokens of one process."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from checkpoints import checkpoint
+from references import assert_same, assert_same_but_for_ties, cases
+from serving import served
+
+pytestmark = pytest.mark.engine
+
+OURS = "vllm_model.model.Lfm2MoeForCausalLM"
+
+
+def ask(run, model: str, dtype: str = "float32", cache: bool = False, **engine) -> dict:
+    """All prompts in batches of 64 with chunks, on two processes; twice where a cache is on."""
+    step = {"prompts": [c.prompt for c in cases(model)]}
+    options = {"dtype": dtype, "enable_prefix_caching": cache, "max_num_batched_tokens": 512}
+    result = run(model, {**options, **engine}, [step] * (1 + cache), timeout=400)
+    assert result["class"] == [OURS] * 2
+    for outputs in result["steps"]:
+        same = assert_same if dtype == "float32" else assert_same_but_for_ties
+        same(outputs, cases(model))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "cache"),
+    [("alpha", "float32", True), ("beta", "float32", False), ("beta", "bfloat16", False)],
+)
+def test_tensor_parallel(run, model, dtype, cache):
+    ask(run, model, dtype, cache, tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "cache", "partition"),
+    [
+        ("alpha", True, "3,3"),  # the first stage has no expert layer
+        ("alpha", False, "2,4"),  # the first stage has no attention layer
+        ("beta", False, "3,2"),  # two conv layers and one
+        ("beta", True, "2,3"),  # one conv layer and two
+    ],
+)
+def test_pipeline_parallel(run, model, cache, partition):
+    env = {"VLLM_PP_LAYER_PARTITION": partition}
+    step = {"prompts": [c.prompt for c in cases(model)]}
+    engine = {"dtype": "float32", "enable_prefix_caching": cache, "pipeline_parallel_size": 2}
+    result = run(model, engine, [step] * (1 + cache), env=env, timeout=400)
+    for outputs in result["steps"]:
+        assert_same(outputs, cases(model))
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("alpha", "float32"), ("beta", "bfloat16")])
+def test_expert_parallel(run, model, dtype):
+    ask(run, model, dtype, tensor_parallel_size=2, enable_expert_parallel=True)
+
+
+def test_data_parallel(tmp_path):
+    """Two replicas behind one HTTP server; every prompt is asked twice, so that both are used."""
+    asked = cases("alpha")[:60] * 2
+    options = ["--dtype", "float32", "--data-parallel-size", "2", "--skip-tokenizer-init"]
+    options += ["--enforce-eager", "--max-model-len", "2304"]
+    with served(checkpoint("alpha"), options, tmp_path / "log") as url:
+
+        def complete(case) -> dict:
+            body = {"prompt": case.prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+            body |= {"model": "model", "return_token_ids": True}
+            reply = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+            assert reply.status_code == 200, reply.text
+            return {"tokens": reply.json()["choices"][0]["token_ids"]}
+
+        with ThreadPoolExecutor(32) as pool:
+            assert_same(list(pool.map(complete, asked)), asked)
+        metrics = httpx.get(f"{url}/metrics").text
+    finished = [
+        float(line.rsplit(" ", 1)[1])
+        for line in metrics.splitlines()
+        if line.startswith("vllm:generation_tokens_total{")
+    ]
+    assert len(finished) == 2, json.dumps(finished)
+    assert min(finished) > 0  # both replicas answered

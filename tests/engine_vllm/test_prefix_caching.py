@@ -1,0 +1,122 @@
+"""Prefix caching gives the same tokens, and hits: several turns, shared beginnings, eviction."""
+
+import random
+
+import pytest
+from checkpoints import checkpoint
+from hf_reference import greedy
+from prompts import fresh_tokens
+from references import CLEAR, Case, assert_same, cases, vocabulary
+
+pytestmark = pytest.mark.engine
+
+CACHE = {"dtype": "float32", "enable_prefix_caching": True}
+ANSWER = 12
+
+
+def answered(model: str, asked: list[list[int]]) -> list[Case]:
+    answers = greedy(checkpoint(model), asked, ANSWER)
+    return [Case(p, a) for p, a in zip(asked, answers, strict=True)]
+
+
+def clear(case: Case) -> bool:
+    return min(case.expected.margins) >= CLEAR
+
+
+def conversations(model: str, turns: int, count: int) -> list[list[Case]]:
+    """``count`` conversations, each a list of ``turns`` cases whose prompt is all that was said."""
+    rng = random.Random(3)
+    vocab = vocabulary(model)
+    every = 2 * count  # some have an unclear turn and are left out
+    asked = [fresh_tokens(rng, vocab, rng.randrange(90, 200)) for _ in range(every)]
+    spoken: list[list[Case]] = [[] for _ in range(every)]
+    for _ in range(turns):
+        now = answered(model, asked)
+        spoken = [[*s, c] for s, c in zip(spoken, now, strict=True)]
+        asked = [
+            c.prompt + c.expected.tokens + fresh_tokens(rng, vocab, rng.randrange(5, 80))
+            for c in now
+        ]
+    kept = [s for s in spoken if all(clear(c) for c in s)][:count]
+    assert len(kept) == count
+    return kept
+
+
+def shared_beginnings(model: str, common: int, count: int) -> list[Case]:
+    """Prompts with the same first ``common`` tokens and 1 to 150 of their own."""
+    rng = random.Random(4)
+    vocab = vocabulary(model)
+    system = fresh_tokens(rng, vocab, common)
+    asked = [system + fresh_tokens(rng, vocab, rng.randrange(1, 150)) for _ in range(2 * count)]
+    return [c for c in answered(model, asked) if clear(c)][:count]
+
+
+def hits(outputs: list[dict]) -> int:
+    return sum(out["cached"] > 0 for out in outputs)
+
+
+@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize("model", ["alpha", "beta"])
+def test_turns_and_shared_beginnings(run, model, block):
+    """In one engine: five turns of twelve conversations, then a shared system prompt, alone and
+    together, then the 200 prompts twice, when the second time finds the first's blocks."""
+    talks = conversations(model, turns=5, count=12)
+    shared = shared_beginnings(model, common=512, count=24)
+    params = {"max_tokens": ANSWER}
+    turns = [{"prompts": [t[i].prompt for t in talks], "params": params} for i in range(5)]
+    alone = {"prompts": [c.prompt for c in shared[:8]], "params": params, "alone": True}
+    together = {"prompts": [c.prompt for c in shared], "params": params}
+    everything = {"prompts": [c.prompt for c in cases(model)]}
+    steps = [*turns, alone, together, everything, everything]
+    result = run(model, {**CACHE, "block_size": block}, steps)["steps"]
+    for i in range(5):
+        assert_same(result[i], [t[i] for t in talks])
+    assert_same(result[5], shared[:8])
+    assert_same(result[6], shared)
+    assert_same(result[7], cases(model))
+    assert_same(result[8], cases(model))
+    assert all(hits(result[i]) > 6 for i in range(1, 5))
+    assert hits(result[5]) >= 6
+    assert hits(result[6]) >= 20
+    assert hits(result[8]) > hits(result[7])
+
+
+@pytest.mark.parametrize("budget", [32, 200])
+def test_chunked_prefill_with_cache(run, budget):
+    engine = {**CACHE, "block_size": 32, "max_num_batched_tokens": budget, "max_num_seqs": 16}
+    step = {"prompts": [c.prompt for c in cases("alpha")]}
+    result = run("alpha", engine, [step, step])["steps"]
+    assert_same(result[0], cases("alpha"))
+    assert_same(result[1], cases("alpha"))
+    assert hits(result[1]) > 40
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_hit_changes_no_logprob(run, dtype):
+    """The same prompt, cold and from the cache: equal tokens, logprobs equal to rounding."""
+    asked = shared_beginnings("alpha", common=256, count=16)
+    step = {"prompts": [c.prompt for c in asked], "params": {"max_tokens": ANSWER, "logprobs": 0}}
+    engine = {**CACHE, "dtype": dtype, "block_size": 32}
+    cold, warm = run("alpha", engine, [{**step, "alone": True}, {**step, "alone": True}])["steps"]
+    assert hits(warm) == len(asked)
+    for first, second in zip(cold, warm, strict=True):
+        if dtype == "float32":
+            assert first["tokens"] == second["tokens"]
+        assert first["logprobs"][0] == pytest.approx(second["logprobs"][0], abs=LOGPROB_NOISE[dtype])
+
+
+# A chunk of another length is multiplied by other blocked loops, which sum in another order.
+LOGPROB_NOISE = {"float32": 1e-4, "bfloat16": 0.25}
+
+
+def test_eviction_under_pressure(run):
+    """A cache for about three of these prompts: blocks are reused all the time, hits still happen."""
+    asked = [c for c in cases("alpha") if 96 <= len(c.prompt) <= 700]
+    step = {"prompts": [c.prompt for c in asked]}
+    again = {"prompts": [c.prompt for c in asked[-3:]]}
+    engine = {**CACHE, "block_size": 32, "max_model_len": 1024, "num_gpu_blocks_override": 80}
+    result = run("alpha", engine, [step, again, step, again])["steps"]
+    for outs, want in zip(result, [asked, asked[-3:], asked, asked[-3:]], strict=True):
+        assert_same(outs, want)
+    assert hits(result[1]) + hits(result[3]) > 0  # what came last is still there
+    assert hits(result[2]) < len(asked) / 2  # what came first is not

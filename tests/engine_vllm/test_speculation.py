@@ -1,0 +1,73 @@
+"""n-gram speculation: drafts are made and accepted, and the tokens are those of the model alone."""
+
+import pytest
+from references import assert_same, assert_same_but_for_ties, cases
+
+pytestmark = pytest.mark.engine
+
+
+def ngram(count: int) -> dict:
+    return {
+        "method": "ngram",
+        "num_speculative_tokens": count,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 3,
+    }
+
+
+def engine_with(count: int, **options) -> dict:
+    return {
+        "dtype": "float32",
+        "enable_prefix_caching": False,
+        "speculative_config": ngram(count),
+        **options,
+    }
+
+
+def assert_drafts_were_used(metrics: dict[str, float]) -> None:
+    drafted = metrics["vllm:spec_decode_num_draft_tokens"]
+    accepted = metrics["vllm:spec_decode_num_accepted_tokens"]
+    assert 0 < accepted < drafted  # both ends of a verification happen
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [("alpha", 1), ("alpha", 2), ("alpha", 3), ("alpha", 5), ("alpha", 8), ("beta", 4), ("beta", 7)],
+)
+def test_tokens_are_those_of_the_model(run, model, count):
+    asked = cases(model)
+    step = {"prompts": [c.prompt for c in asked]}
+    result = run(model, engine_with(count), [step])
+    assert_same(result["steps"][0], asked)
+    assert_drafts_were_used(result["metrics"])
+
+
+def test_with_chunked_prefill_and_few_blocks(run):
+    """Drafts beside chunks of other prompts, and preemptions."""
+    asked = [c for c in cases("alpha") if len(c.prompt) <= 400]
+    options = {
+        "max_num_batched_tokens": 96,
+        "max_num_seqs": 32,
+        "block_size": 32,
+        "max_model_len": 512,
+        "num_gpu_blocks_override": 60,
+    }
+    result = run("alpha", engine_with(3, **options), [{"prompts": [c.prompt for c in asked]}])
+    assert_same(result["steps"][0], asked)
+    assert_drafts_were_used(result["metrics"])
+    assert result["metrics"]["vllm:num_preemptions"] > 0
+
+
+def test_compiled_bfloat16(run):
+    asked = cases("alpha")
+    engine = engine_with(3, dtype="bfloat16", enforce_eager=False)
+    result = run("alpha", engine, [{"prompts": [c.prompt for c in asked]}])
+    assert_same_but_for_ties(result["steps"][0], asked)
+    assert_drafts_were_used(result["metrics"])
+
+
+def test_together_with_prefix_caching_is_refused_on_a_cpu(run):
+    engine = {**engine_with(3), "enable_prefix_caching": True}
+    refused = run.outcome("alpha", engine, [])
+    assert refused.error.startswith("ValueError")
+    assert "--no-enable-prefix-caching" in refused.error

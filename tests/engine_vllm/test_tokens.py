@@ -1,0 +1,82 @@
+"""Greedy tokens equal to transformers': alone, in mixed batches, chunked, compiled, float32 and bf16."""
+
+import pytest
+import torch
+from checkpoints import checkpoint
+from hf_reference import teacher_forced
+from references import (
+    NEW_TOKENS,
+    assert_same,
+    assert_same_but_for_ties,
+    cases,
+    logprob_error,
+)
+from tolerances import HALF_PRECISION_ERROR_RATIO
+
+pytestmark = pytest.mark.engine
+
+OURS = "vllm_model.model.Lfm2MoeForCausalLM"
+MODELS = ["alpha", "beta", "demo"]
+NO_CACHE = {"enable_prefix_caching": False}
+
+
+def prompts_of(name: str) -> list[list[int]]:
+    return [case.prompt for case in cases(name)]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_alone_and_in_mixed_batches(run, model):
+    """200 prompts one after another, then all at once: 64 run together, prefills beside decodes."""
+    step = {"prompts": prompts_of(model)}
+    result = run(model, {"dtype": "float32", **NO_CACHE}, [{**step, "alone": True}, step])
+    assert result["class"] == [OURS]
+    assert_same(result["steps"][0], cases(model))
+    assert_same(result["steps"][1], cases(model))
+    together = max(len(s["tokens"]) for s in result["scheduled"])
+    assert together == 64
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_compiled(run, model):
+    step = {"prompts": prompts_of(model)}
+    result = run(model, {"dtype": "float32", "enforce_eager": False, **NO_CACHE}, [step])
+    assert_same(result["steps"][0], cases(model))
+
+
+@pytest.mark.parametrize("budget", [16, 48, 100, 256])
+@pytest.mark.parametrize("model", ["alpha", "beta"])
+def test_chunked_prefill(run, model, budget):
+    """No step takes more than ``budget`` tokens, so a prompt of 2,000 takes up to 125 of them."""
+    engine = {"dtype": "float32", "max_num_batched_tokens": budget, "max_num_seqs": 16, **NO_CACHE}
+    result = run(model, engine, [{"prompts": prompts_of(model)}])
+    assert_same(result["steps"][0], cases(model))
+    sizes = [sum(s["tokens"].values()) for s in result["scheduled"]]
+    assert max(sizes) == budget
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("model", MODELS)
+def test_bfloat16(run, model, compiled):
+    """Other tokens only at ties, and logprobs at most twice as far from float32 as transformers' own
+    bf16: on forced text (prefill) and while decoding."""
+    asked = cases(model)
+    texts = [c.prompt + c.expected.tokens for c in asked]
+    steps = [
+        {"prompts": prompts_of(model), "params": {"logprobs": 0}},
+        {"prompts": texts, "params": {"max_tokens": 1, "prompt_logprobs": 0}},
+    ]
+    engine = {"dtype": "bfloat16", "enforce_eager": not compiled, **NO_CACHE}
+    result = run(model, engine, steps)
+    assert_same_but_for_ties(result["steps"][0], asked)
+    exact = torch.tensor([c.expected.logprobs for c in asked])
+    theirs = torch.tensor(teacher_forced(checkpoint(model), texts, NEW_TOKENS, torch.bfloat16))
+    forced = [out["prompt_logprobs"][-NEW_TOKENS:] for out in result["steps"][1]]
+    allowed = HALF_PRECISION_ERROR_RATIO * (theirs - exact).abs().mean().item()
+    assert (torch.tensor(forced) - exact).abs().mean().item() <= allowed
+    assert logprob_error(result["steps"][0], asked) <= allowed
+
+
+def test_chunked_prefill_bfloat16(run):
+    engine = {"dtype": "bfloat16", "max_num_batched_tokens": 48, "max_num_seqs": 16, **NO_CACHE}
+    result = run("alpha", engine, [{"prompts": prompts_of("alpha")}])
+    assert_same_but_for_ties(result["steps"][0], cases("alpha"))
