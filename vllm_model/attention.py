@@ -78,8 +78,6 @@ class Lfm2MoeAttention(nn.Module):
         q = self.q_layernorm(q.reshape(-1, self.num_heads, self.head_dim))
         k = self.k_layernorm(k.reshape(-1, self.num_kv_heads, self.head_dim))
         # Flat, since the engine's CPU kernel for rotary positions is wrong for one head a row (vLLM 0.32).
-        q, k = self.rotary_emb(
-            positions, q.reshape(-1, self.q_size), k.reshape(-1, self.kv_size)
-        )
+        q, k = self.rotary_emb(positions, q.reshape(-1, self.q_size), k.reshape(-1, self.kv_size))
         out, _ = self.out_proj(self.attn(q, k, v))
         return out

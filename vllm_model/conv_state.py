@@ -4,8 +4,8 @@ vLLM gives every layer with a state a page per block, as large as an attention p
 as there are attention layers. LFM2-MoE has three convolutions to one attention layer and a convolution's state is a
 quarter of an attention page or less, so a page for each would be mostly padding, three groups of it. Here several
 convolutions share a page: seen by the engine a page is one convolution with that many times the channels, which the
-engine's copies (prefix cache, speculation, transfer) handle as it is, and a model has as many pages as attention layers,
-hence one group. ``docs/decisions/0002-packed-conv-pages.md`` has the reasons, ``docs/memory.md`` the figures.
+engine's copies (prefix cache, speculation, transfer) handle as it is, and a model has as many pages as attention
+layers, hence one group. ``docs/decisions/0002-packed-conv-pages.md`` has the reasons, ``docs/memory.md`` the figures.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ class ConvStatePage(MambaBase):
         self.kv_cache = (torch.tensor([]),)
         layers = vllm_config.compilation_config.static_forward_context
         if name in layers:
-            raise ValueError(f"vLLM has a layer named {name} already; build the model once per engine.")
+            raise ValueError(
+                f"vLLM has a layer named {name} already; build the model once per engine."
+            )
         layers[name] = self
 
     def state(self, index: int) -> torch.Tensor:

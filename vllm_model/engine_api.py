@@ -1,7 +1,7 @@
 """The one file that imports vLLM: its names under ours, probes of what it can do, and the translation of its metadata.
 
-To bring the plugin to a new vLLM, start here (``docs/porting.md``). ``SUPPORTED`` is the tested range; a probe asks for a
-capability, never for a version, and says which version needs it.
+To bring the plugin to a new vLLM, start here (``docs/porting.md``). ``SUPPORTED`` is the tested range; a probe asks for
+a capability, never for a version, and says which version needs it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,16 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.experts.lora_context import MoELoRAContext
+from vllm.model_executor.layers.fused_moe.experts.lora_experts_mixin import LoRAExpertsMixin
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
@@ -40,7 +50,6 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
     MambaStateShapeCalculator,
     is_conv_state_dim_first,
 )
-
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import (
     causal_conv1d_fn,
     causal_conv1d_update,
@@ -85,7 +94,6 @@ from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from lfm2_plugin.conv_batch import ConvBatch
-
 from vllm_model import SUPPORTED
 
 __all__ = [
@@ -93,13 +101,17 @@ __all__ = [
     "Attention",
     "AutoWeightsLoader",
     "BuiltinShortConv",
+    "CPUUnquantizedExperts",
     "CommonAttentionMetadata",
     "EagleModelMixin",
+    "FusedMoEConfig",
     "FusedMoEFactory",
+    "FusedMoEMethodBase",
     "GateLinear",
     "HasInnerState",
     "IntermediateTensors",
     "IsHybrid",
+    "LoRAExpertsMixin",
     "LogitsProcessor",
     "MambaAttentionBackendEnum",
     "MambaBase",
@@ -108,11 +120,13 @@ __all__ = [
     "MambaStateCopyFunc",
     "MergedColumnParallelLinear",
     "MixtureOfExperts",
+    "MoELoRAContext",
     "PPMissingLayer",
     "ParallelLMHead",
     "QKVParallelLinear",
     "QuantizationConfig",
     "RMSNorm",
+    "RoutedExperts",
     "RowParallelLinear",
     "ShortConvAttentionBackend",
     "ShortConvAttentionMetadata",
@@ -123,6 +137,8 @@ __all__ = [
     "SupportsLoRA",
     "SupportsPP",
     "SupportsQuant",
+    "UnquantizedFusedMoEMethod",
+    "UnquantizedMoeBackend",
     "VllmConfig",
     "VocabParallelEmbedding",
     "WeightsMapper",
@@ -161,7 +177,7 @@ def on_cpu() -> bool:
 def short_conv_op(bcx: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
     """Run the short convolution of the layer registered as ``layer_name``: reads bcx (T, 3D), writes out (T, D).
 
-    This is vLLM's own operator. It looks the layer up in the forward context and calls its ``forward_native`` on a CPU and
+    This is vLLM's own operator. It looks the layer up in the forward context and calls its ``forward_native`` on a CPU,
     its ``forward_cuda`` elsewhere; vLLM knows it as a place to split a compiled graph, which an operator under another
     name would have to be told.
     """

@@ -8,6 +8,7 @@ from torch import nn
 from lfm2_plugin.arch import Lfm2MoeArch
 from lfm2_plugin.ops.router import route
 
+from .cpu_experts import CpuRoutedExperts
 from .engine_api import (
     FusedMoEFactory,
     GateLinear,
@@ -16,6 +17,7 @@ from .engine_api import (
     RowParallelLinear,
     SiluAndMul,
     VllmConfig,
+    on_cpu,
     padding_rows,
 )
 
@@ -81,6 +83,7 @@ class Lfm2MoeExperts(nn.Module):
             enable_eplb=parallel.enable_eplb,
             num_redundant_experts=redundant,
             ckpt_names=("w1", "w2", "w3"),
+            routed_experts_cls=CpuRoutedExperts if on_cpu() else None,
         )
 
     def _route(

@@ -51,7 +51,7 @@ from .short_conv import Lfm2ShortConv
 from .support import check_support
 from .weights import LORA_NAMES, check_files, load_weights
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.lfm2_plugin")
 
 
 class Lfm2MoeDecoderLayer(nn.Module):
@@ -145,7 +145,7 @@ class Lfm2MoeModel(nn.Module, EagleModelMixin):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Hidden states (T, D) of the last stage, with the auxiliary ones that EAGLE3 asked for; else those to hand on."""
+        """Hidden states (T, D) of the last stage, with the auxiliary ones that EAGLE3 wants; else those to hand on."""
         if get_pp_group().is_first_rank:
             hidden_states = (
                 self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
@@ -191,6 +191,8 @@ class Lfm2MoeForCausalLM(
         "in_proj": ["in_proj"],
     }
     hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr=LORA_NAMES)
+    # An adapter made with transformers >= 5 has the experts of a layer in one tensor.
+    is_3d_moe_weight = True
     embedding_modules = {  # noqa: RUF012
         "embed_tokens": "input_embeddings",
         "lm_head": "output_embeddings",
@@ -264,9 +266,7 @@ class Lfm2MoeForCausalLM(
         return (page_shape(arch, vllm_config),)
 
     @classmethod
-    def get_mamba_state_dtype_from_config(
-        cls, vllm_config: VllmConfig
-    ) -> tuple[torch.dtype, ...]:
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
         return conv_state_dtypes(vllm_config)
 
     @classmethod

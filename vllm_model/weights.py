@@ -65,8 +65,8 @@ def load_weights(
         The names of the parameters that were filled, as vLLM wants to know.
 
     Raises:
-        CheckpointError: a tensor that the model doesn't have or of another shape; or, in the first load of a model whose
-            parameters hold nothing yet, a tensor that never came.
+        CheckpointError: a tensor that the model doesn't have or of another shape; or, in the first load of a model
+            whose parameters hold nothing yet, a tensor that never came.
     """
     check = StreamCheck(arch, quantised=vllm_config.quant_config is not None)
 
