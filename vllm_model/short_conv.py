@@ -1,8 +1,8 @@
 """The short convolution layer: in_proj -> gated causal convolution over the sequence -> out_proj.
 
 Both projections are vLLM's own linear layers (quantised, sharded and adapted by LoRA like any other) and lie outside
-the opaque operator, so they are compiled with what surrounds them. The operator between them is ours on a CPU; elsewhere,
-until the Triton kernel is there, it is composed of the engine's convolution kernels.
+the opaque operator, so they are compiled with what surrounds them. The operator between them is ours on a CPU;
+elsewhere, until the Triton kernel is there, it is composed of the engine's convolution kernels.
 """
 
 from __future__ import annotations
