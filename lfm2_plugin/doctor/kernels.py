@@ -8,6 +8,7 @@ import torch
 from lfm2_plugin.conv_batch import ConvBatch
 from lfm2_plugin.dispatch import ImpossibleChoice, implementation
 from lfm2_plugin.doctor.findings import Finding
+from lfm2_plugin.ops.router import route, route_naive
 from lfm2_plugin.ops.short_conv import short_conv, short_conv_naive
 
 # Both sides compute in float32 and may sum in another order; 1e-5 is some 80 roundings of a float32.
@@ -78,4 +79,17 @@ def check_short_conv(device: str) -> tuple[Outputs, Outputs]:
     return results[0], results[1]
 
 
-CHECKS: dict[str, Callable[[str], tuple[Outputs, Outputs]]] = {"short_conv": check_short_conv}
+def check_router(device: str) -> tuple[Outputs, Outputs]:
+    """64 tokens choosing 4 of 32 experts: weights and ids of both sides."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 32, generator=generator).to(device)
+    bias = torch.randn(32, generator=generator).to(device)
+    chosen = route(logits, bias, 4, renormalise=True, scaling=1.5)
+    naive = route_naive(logits, bias, 4, True, 1.5, None)
+    return list(chosen), list(naive)
+
+
+CHECKS: dict[str, Callable[[str], tuple[Outputs, Outputs]]] = {
+    "short_conv": check_short_conv,
+    "router": check_router,
+}

@@ -122,7 +122,8 @@ def _engine_names(tree: ast.AST) -> set[str]:
 
 
 def _version_comparisons(path: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    if PurePosixPath(path).name == ROOM:
+    package = path.split("/")[0]
+    if package not in {"lfm2_plugin", *FRONTS.values()} or PurePosixPath(path).name == ROOM:
         return
     words = {"__version__", "__version_tuple__", "Version", "parse_version", "version"}
     for node in ast.walk(tree):

@@ -111,6 +111,7 @@ SOUND = {
         "def test(monkeypatch):\n    monkeypatch.setenv('VLLM_PLUGINS', '')",
     ),
     "reading a version": ("lfm2_plugin/a.py", "import torch\nprint(torch.__version__)"),
+    "version in a test": ("tests/core/a.py", "import x\nassert said == x.__version__"),
     "version in the room": ("vllm_model/engine_api.py", "new = Version(v) > Version('1')"),
     "file at the cap": ("lfm2_plugin/a.py", "x = 1\n" * FILE_LINES),
     "long docstring": ("lfm2_plugin/a.py", LONG_DOCSTRING),

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Offline batches in OpenAI's file format: examples/run_batch.sh [MODEL] [OUTPUT.jsonl]
+# Without a model, the demo model of this package.
+set -euo pipefail
+model="${1:-$(python -c 'from lfm2_plugin.demo import model_path; print(model_path())')}"
+output="${2:-batch_output.jsonl}"
+requests="$(mktemp --suffix .jsonl)"
+trap 'rm -f "$requests"' EXIT
+
+for words in "apple river" "star moon fox" "gold ring"; do
+  cat >> "$requests" <<JSON
+{"custom_id": "${words// /-}", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "$model", "messages": [{"role": "user", "content": "Repeat: $words"}], "temperature": 0, "max_tokens": 32}}
+JSON
+done
+
+vllm run-batch -i "$requests" -o "$output" --model "$model" --max-model-len 2048 --max-num-seqs 8
+python - "$output" <<'PYTHON'
+import json, sys
+for line in open(sys.argv[1]):
+    reply = json.loads(line)
+    print(reply["custom_id"], "->", reply["response"]["body"]["choices"][0]["message"]["content"])
+PYTHON
