@@ -101,7 +101,8 @@ def run_logged(title: str, command: list[str], log: Path) -> None:
                 if time.monotonic() - last > LONG_STEP_S:
                     last = time.monotonic()
                     lines = log.read_text(errors="replace").splitlines()
-                    say(f"  ... {last - start:.0f} s: {lines[-1][:100].strip()}")
+                    news = [line for line in lines if not line.startswith("WARNING")]
+                    say(f"  ... {last - start:.0f} s: {news[-1][:100].strip()}")
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -245,6 +246,9 @@ def main() -> int:
     except EnvironmentFailed as error:
         print(f"environment: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("environment: interrupted; the next run begins it anew", file=sys.stderr)
+        return 130
     return 0
 
 
