@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from lfm2_plugin.arch import Lfm2MoeArch
-from lfm2_plugin.checkpoint import check_checkpoint
-from lfm2_plugin.checkpoint.report import StreamCheck
+from lfm2_plugin.checkpoint import StreamCheck, check_checkpoint
+from lfm2_plugin.checkpoint.names import LAYER
 
 from .engine_api import AutoWeightsLoader, VllmConfig, WeightsMapper
 
@@ -28,14 +28,11 @@ LORA_NAMES = {".conv.": ".short_conv."}
 NAMES = WeightsMapper(
     orig_to_new_substr=LORA_NAMES,
     orig_to_new_stacked={
-        ".self_attn.q_proj.": (".self_attn.qkv_proj.", "q"),
-        ".self_attn.k_proj.": (".self_attn.qkv_proj.", "k"),
-        ".self_attn.v_proj.": (".self_attn.qkv_proj.", "v"),
-        ".feed_forward.w1.": (".feed_forward.w13.", 0),
-        ".feed_forward.w3.": (".feed_forward.w13.", 1),
+        f".{row.source}.": (f".{row.module}.", row.shard) for row in LAYER if row.shard is not None
     },
 )
-"""Checkpoint names to parameters of this package. The experts' own w1, w2, w3 are read by the engine's expert layer."""
+"""Checkpoint names to parameters of this package, by the one table. The w1, w2, w3 of experts are left to vLLM's expert
+layer, which knows which of them a rank holds."""
 
 LOCAL_FORMATS = ("auto", "hf", "safetensors")
 
