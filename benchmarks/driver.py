@@ -147,13 +147,36 @@ class Pairs:
     Attributes:
         workload: what was run.
         a, b: one sample a pair and side.
-        idle: largest share of a core that a side used while it was the other's turn.
+        idle: share of a core that the waiting side used.
+        others: share of a core that processes outside the comparison used.
     """
 
     workload: Workload
     a: list[Sample] = field(default_factory=list)
     b: list[Sample] = field(default_factory=list)
     idle: float = 0.0
+    others: float = 0.0
+
+
+@dataclass
+class _Load:
+    """CPU seconds since it was made: of the waiting side, and of everything but the two sides."""
+
+    working: Side
+    waiting: Side
+
+    def __post_init__(self) -> None:
+        self._start = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        waiting = self.waiting.cpu_seconds()
+        times = psutil.cpu_times()
+        busy = times.user + times.nice + times.system
+        return waiting, busy - waiting - self.working.cpu_seconds()
+
+    def used(self) -> tuple[float, float]:
+        waiting, others = self._now()
+        return waiting - self._start[0], max(0.0, others - self._start[1])
 
 
 def run_pairs(
@@ -176,15 +199,20 @@ def run_pairs(
         side.ask("prepare", workload=asdict(workload), turns=pairs + 1)
         side.ask("turn", number=0)
         tick()
+    elapsed = 0.0
     for pair in range(1, pairs + 1):
         # The order changes from pair to pair, so that a drift of the machine favours neither.
         for side in sides if pair % 2 else sides[::-1]:
             other = sides[side is sides[0]]
-            before = other.cpu_seconds()
-            sample = Sample(**side.ask("turn", number=pair))
-            result.idle = max(result.idle, (other.cpu_seconds() - before) / sample.seconds)
-            samples[side].append(sample)
+            load, start = _Load(side, other), time.monotonic()
+            samples[side].append(Sample(**side.ask("turn", number=pair)))
+            elapsed += time.monotonic() - start
+            waiting, others = load.used()
+            result.idle += waiting
+            result.others += others
             tick()
     for side in sides:
         side.ask("finish")
+    result.idle /= elapsed
+    result.others /= elapsed
     return result

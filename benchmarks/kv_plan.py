@@ -35,6 +35,7 @@ from vllm.v1.attention.backends.utils import (
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
+from benchmarks.kv_held import held
 from benchmarks.memory import Case, Plan
 from benchmarks.models import model_folder
 
@@ -80,15 +81,24 @@ def _engine_config(case: Case, folder: Path) -> VllmConfig:
         kv_cache_dtype=case.kv_dtype,
         enable_prefix_caching=case.cache_mode != "none",
         speculative_config=speculation,
+        max_num_batched_tokens=case.step_tokens or None,
     ).create_engine_config()
 
 
 def _build(config: VllmConfig) -> torch.nn.Module:
     """The model that the engine resolves, on the meta device: shapes without storage."""
+    cache_config = config.cache_config
+    mode = cache_config.mamba_cache_mode
+    if config.speculative_config:
+        # Ours refuses speculation with the prefix cache on a CPU, where vLLM's runner cannot do it. No GPU step is run
+        # here: the layers are asked for their specs after the mode is back in its place.
+        cache_config.mamba_cache_mode = "none"
     with set_current_vllm_config(config):
         _single_process_groups()
         with torch.device("meta"), set_default_torch_dtype(torch.bfloat16):
-            return initialize_model(config)
+            model = initialize_model(config)
+    cache_config.mamba_cache_mode = mode
+    return model
 
 
 def _specs(config: VllmConfig) -> dict[str, KVCacheSpec]:
@@ -147,6 +157,7 @@ def plan(case: Case) -> Plan:
     # Every tensor names the whole pool as its size: the groups overlay each other, a block id
     # belongs to one at a time.
     block_bytes = max(tensor.size for tensor in kv.kv_cache_tensors) // kv.num_blocks
+    lives = held(config, kv, case.prompt, case.tokens - case.prompt)
     return Plan(
         model_class=f"{type(model).__module__}.{type(model).__qualname__}",
         weight_bytes=weights,
@@ -157,6 +168,9 @@ def plan(case: Case) -> Plan:
         mamba_groups=len(conv),
         conv_blocks=sum(conv),
         conv_bytes=sum(conv) * block_bytes,
+        peak_bytes=lives.peak * block_bytes,
+        decoding_bytes=lives.decoding * block_bytes,
+        prefill_steps=list(lives.prefill_steps),
         attention_blocks=sum(attention),
         # vLLM keeps one block back (the null block).
         requests=(kv.num_blocks - 1) // (sum(conv) + sum(attention)),

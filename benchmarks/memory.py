@@ -38,6 +38,8 @@ class Case:
         drafts: speculative tokens a step, 0 for none.
         kv_dtype: ``auto`` (that of the model) or ``fp8``.
         tokens: length of each request, prompt and answer.
+        prompt: tokens of it that are the prompt.
+        step_tokens: most tokens in one step, so that longer prompts are prefilled in chunks; 0 for vLLM's default.
         device_gib: memory of the device.
         utilisation: share of it that the engine may use.
         reserve_gib: assumed need of activations and CUDA graphs.
@@ -50,6 +52,8 @@ class Case:
     drafts: int = 0
     kv_dtype: str = "auto"
     tokens: int = 1536
+    prompt: int = 1000
+    step_tokens: int = 0
     device_gib: float = 79.19
     utilisation: float = 0.92
     reserve_gib: float = 3.0
@@ -68,8 +72,11 @@ class Plan:
         block_bytes: one block id, over all layers of a group.
         num_blocks: block ids in the pool, the null block among them.
         mamba_groups: KV cache groups that hold conv state.
-        conv_blocks: block ids that one request claims for conv state, at most.
+        conv_blocks: block ids that the planner reckons with for one request's conv state: the most it can ever hold.
         conv_bytes: the same in bytes.
+        peak_bytes: conv state that one request of ``prompt`` and an answer really holds, the most after any step.
+        decoding_bytes: the same, the mean over its decode steps.
+        prefill_steps: tokens in each step of its prompt.
         attention_blocks: block ids that one request of ``tokens`` claims for keys and values.
         requests: how many such requests fit.
 
@@ -84,6 +91,9 @@ class Plan:
     mamba_groups: int
     conv_blocks: int
     conv_bytes: int
+    peak_bytes: int
+    decoding_bytes: float
+    prefill_steps: list[int]
     attention_blocks: int
     requests: int
 
@@ -91,6 +101,7 @@ class Plan:
 VARIANTS: dict[str, dict[str, Any]] = {
     "no prefix cache": {"cache_mode": "none"},
     "prefix cache (default)": {"cache_mode": "align"},
+    "prefix cache, prompts in chunks of 256": {"cache_mode": "align", "step_tokens": 256},
     "no prefix cache, 3 drafts": {"cache_mode": "none", "drafts": 3},
     "prefix cache, 3 drafts": {"cache_mode": "align", "drafts": 3},
     "no prefix cache, fp8 KV": {"cache_mode": "none", "kv_dtype": "fp8"},
@@ -137,31 +148,52 @@ def _work(answer: Path) -> None:
     answer.write_text(json.dumps([asdict(p) for p in plans]))
 
 
-def table(model: str, tokens: int = 1536) -> tuple[str, list[dict[str, Any]]]:
-    """One model's Markdown table and the same figures as records."""
+def _markdown(head: str, rows: list[list[str]]) -> str:
+    header = head.split("|")
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def tables(model: str, tokens: int = 1536) -> tuple[str, list[dict[str, Any]]]:
+    """One model's Markdown tables and the same figures as records."""
     cases = [replace(Case(model, tokens=tokens), **changes) for changes in VARIANTS.values()]
     plans = {side: plan_all(side, cases) for side in SIDES}
-    lines = [
-        "| | conv bytes a request: built-in | ours | ours / built-in | conv groups: built-in | ours "
-        "| block size: built-in | ours | requests that fit: built-in | ours |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
-    ]
-    records = []
-    for index, (name, case) in enumerate(zip(VARIANTS, cases, strict=True)):
-        builtin, ours = plans["builtin"][index], plans["ours"][index]
-        lines.append(
-            f"| {name} | {builtin.conv_bytes:,} | {ours.conv_bytes:,} "
-            f"| {ours.conv_bytes / builtin.conv_bytes:.3f} "
-            f"| {builtin.mamba_groups} | {ours.mamba_groups} "
-            f"| {builtin.block_size} | {ours.block_size} | {builtin.requests:,} | {ours.requests:,} |"
+    held, fits, records = [], [], []
+    for name, case, builtin, ours in zip(
+        VARIANTS, cases, plans["builtin"], plans["ours"], strict=True
+    ):
+        row = [name]
+        for quantity in ("conv_bytes", "peak_bytes", "decoding_bytes"):
+            a, b = getattr(builtin, quantity), getattr(ours, quantity)
+            row += [f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.2f}"]
+        held.append(row)
+        fits.append(
+            [
+                name,
+                *(f"{p.mamba_groups}" for p in (builtin, ours)),
+                *(f"{p.block_size}" for p in (builtin, ours)),
+                *(" + ".join(map(str, p.prefill_steps)) for p in (builtin, ours)),
+                *(f"{p.requests:,}" for p in (builtin, ours)),
+            ]
         )
-        records += [asdict(case) | {"side": s, **asdict(plans[s][index])} for s in SIDES]
+        records += [
+            asdict(case) | {"side": s, **asdict(p)}
+            for s, p in zip(SIDES, (builtin, ours), strict=True)
+        ]
     first = plans["builtin"][0]
-    head = (
-        f"### {TITLES.get(model, model)}\n\n"
+    text = (
+        f"## {TITLES.get(model, model)}\n\n"
         f"Weights {first.weight_bytes / GIB:.2f} GiB, left for the cache {first.cache_bytes / GIB:.2f} GiB.\n\n"
     )
-    return head + "\n".join(lines) + "\n", records
+    text += _markdown(
+        "conv bytes of a request|claim: built-in|ours|ratio|peak: built-in|ours|ratio|decoding: built-in|ours|ratio",
+        held,
+    )
+    text += "\n" + _markdown(
+        "|conv groups: built-in|ours|block: built-in|ours|prefill steps: built-in|ours|requests that fit: built-in|ours",
+        fits,
+    )
+    return text, records
 
 
 DOCUMENT_TEXT = """\
@@ -179,12 +211,19 @@ How the figures are made: each model is built without weights as the engine buil
 cache specs, and vLLM {vllm}'s own planner (`get_kv_cache_configs`) is run on them. Device: H100 of 79.19 GiB, 92 % of
 it for the engine (vLLM's default), less the weights, less an assumed 3 GiB for activations and CUDA graphs. Blocks of
 16 tokens, bfloat16 (or fp8) keys and values, requests of {tokens:,} tokens. "3 drafts" is n-gram speculation with
-three tokens a step. "conv bytes a request" is what the engine admits a request by; with the prefix cache a request
-holds less than that most of the time.
+three tokens a step.
+
+- *claim*: what the planner reckons with for one request, the most it can ever hold. vLLM reports concurrency by it;
+  "requests that fit" counts with it too.
+- *peak* and *decoding*: what one request of {prompt:,} prompt tokens really holds when vLLM's own scheduler runs it
+  alone: the most after any step, and the mean over its decode steps.
+- *prefill steps*: in how many steps that scheduler reads the prompt, and the tokens of each. The built-in needs a step
+  more for every prompt, as it has to stop where the state is to be kept; ours writes that state on its way (a prefill
+  checkpoint), for which it holds one page more in the last step of a prompt.
 
 No GPU was used. Two things are set by hand: the free memory, and FlashAttention as the backend that page alignment
-looks at (vLLM's CPU attention wants blocks of 32 and more). "block size" is what vLLM's alignment makes of the 16: it
-grows the attention block when a state page does not fit into an attention page.
+looks at (vLLM's CPU attention wants blocks of 32 and more). "block" is what vLLM's alignment makes of the 16 tokens: it
+grows the attention block when a page of states does not fit into an attention page.
 
 {tables}"""
 
@@ -200,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         return _work(options.worker)
     texts, records = [], []
     for model in options.models:
-        text, rows = table(model, options.tokens)
+        text, rows = tables(model, options.tokens)
         print(text)
         texts.append(text)
         records += rows
@@ -211,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
             DOCUMENT_TEXT.format(
                 vllm=made["packages"].get("vllm", "?"),
                 tokens=options.tokens,
+                prompt=Case("").prompt,
                 tables="\n".join(texts),
             )
         )

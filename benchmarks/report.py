@@ -34,6 +34,7 @@ class Row:
     ratio_max: float
     b_faster: int
     idle: float
+    others: float
 
 
 def row(pairs: Pairs) -> Row:
@@ -53,6 +54,7 @@ def row(pairs: Pairs) -> Row:
         ratio_max=max(ratios),
         b_faster=sum(ratio > 1 for ratio in ratios),
         idle=pairs.idle,
+        others=pairs.others,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Literal
 
 Kind = Literal["prefill", "decode", "mixed"]
@@ -99,7 +100,9 @@ class Sample:
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
+        """Tokens a second; of the median step where steps were timed, so that an interrupted one is no matter."""
+        if self.steps:
+            return self.tokens / len(self.steps) / median(self.steps)
         return self.tokens / self.seconds
 
 
