@@ -23,11 +23,14 @@ class Case:
 
 
 @cache
-def cases(name: str) -> tuple[Case, ...]:
-    """The 200 prompts of a random checkpoint whose every greedy step is clear, with their answers."""
+def cases(name: str, count: int = prompts.COUNT) -> tuple[Case, ...]:
+    """Prompts of a checkpoint whose every greedy step is clear, with transformers' answers.
+
+    All 200, or the first ``count``: the first 40 have 1 to 95 tokens.
+    """
     folder = checkpoint(name)
     vocab = vocabulary(name)
-    asked = prompts.random_prompts(vocab)
+    asked = prompts.random_prompts(vocab)[:count]
     answers = greedy(folder, asked, NEW_TOKENS)
     rng = random.Random(1)
     unclear = [i for i, a in enumerate(answers) if min(a.margins) < CLEAR]

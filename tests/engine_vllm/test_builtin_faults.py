@@ -26,9 +26,9 @@ def drafts(count: int) -> dict:
     }
 
 
-def ask(name: str, count: int = 40) -> tuple[dict, tuple]:
+def ask(name: str) -> tuple[dict, tuple]:
     """A generate step for the first prompts of a checkpoint, and their cases."""
-    asked = cases(name)[:count]
+    asked = cases(name, 40)
     return {"prompts": [c.prompt for c in asked]}, asked
 
 

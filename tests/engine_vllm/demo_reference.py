@@ -1,0 +1,53 @@
+"""The demo model's answers to its own questions in transformers, float32."""
+
+import json
+
+import torch
+from checkpoints import DEMO
+from engines import CACHE
+from hf_reference import fingerprint, load
+
+from lfm2_plugin.demo.tasks import Question, is_right, questions
+
+LONGEST_ANSWER = 96  # tokens
+BATCH = 32
+
+
+def prompt_ids(tokenizer, question: Question) -> list[int]:
+    """The question as the server renders it, ready for the assistant's turn."""
+    return tokenizer.apply_chat_template(
+        question.messages, tools=question.tools, add_generation_prompt=True, return_dict=False
+    )
+
+
+def answers(asked: list[Question]) -> list[str]:
+    """Greedy answers, special tokens kept (a tool call is between two of them), left-padded batches."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO, padding_side="left")
+    prompts = [prompt_ids(tokenizer, q) for q in asked]
+    path = CACHE / "reference" / f"{fingerprint(DEMO, 'answers', prompts, LONGEST_ANSWER)}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    model = load(DEMO, torch.float32)
+    texts = [""] * len(asked)
+    order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), BATCH):
+        rows = order[start : start + BATCH]
+        padded = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_tensors="pt")
+        made = model.generate(**padded, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+        new = made[:, padded["input_ids"].shape[1] :]
+        for index, ids in zip(rows, new, strict=True):
+            texts[index] = tokenizer.decode(ids, skip_special_tokens=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(texts))
+    return texts
+
+
+def score(asked: list[Question], texts: list[str]) -> int:
+    """How many of the texts are right."""
+    return sum(is_right(q, t) for q, t in zip(asked, texts, strict=True))
+
+
+def held_out(count: int) -> list[Question]:
+    return questions(seed=2024, n=count)

@@ -1,0 +1,165 @@
+"""What users ask of an engine beside greedy tokens: n, logprobs, stops, aborts, structured output."""
+
+import json
+import math
+
+import pytest
+import torch
+from checkpoints import DEMO, checkpoint
+from hf_reference import load
+from references import Case, assert_same, cases
+
+from lfm2_plugin.demo.tasks import questions
+
+pytestmark = pytest.mark.engine
+
+ENGINE = {"dtype": "float32", "enable_prefix_caching": True}
+WITH_TEXT = {**ENGINE, "skip_tokenizer_init": False}
+
+
+def distribution(folder, prompt: list[int]) -> torch.Tensor:
+    """(V,) log-probabilities of the next token in transformers, float32."""
+    with torch.inference_mode():
+        return load(folder, torch.float32)(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def sampled(run):
+    """One engine for the tests that need no text."""
+    prompt = cases("alpha")[40].prompt
+    many = {"n": 8, "temperature": 1.0, "seed": 5, "max_tokens": 12}
+    frequencies = {"n": 400, "temperature": 1.0, "seed": 6, "max_tokens": 1}
+    greedy = {"prompts": [c.prompt for c in cases("alpha")[:30]], "params": {"logprobs": 5}}
+    beside = {
+        "prompts": [prompt, *greedy["prompts"]],
+        "params": [many, *[{}] * len(greedy["prompts"])],
+    }
+    steps = [
+        {"prompts": [prompt], "params": many},
+        beside,
+        {"prompts": [prompt], "params": frequencies},
+        greedy,
+    ]
+    return run("alpha", ENGINE, steps)["steps"]
+
+
+def test_n_completions_are_seeded_and_differ(sampled):
+    alone = [c["tokens"] for c in sampled[0][0]["all"]]
+    assert len(alone) == 8
+    assert len({tuple(t) for t in alone}) > 4
+    assert [c["tokens"] for c in sampled[1][0]["all"]] == alone  # whoever runs beside it
+    assert_same(sampled[1][1:], cases("alpha")[:30])
+
+
+def test_samples_follow_the_distribution(sampled):
+    """400 first tokens against transformers' probabilities, within four standard deviations."""
+    exact = distribution(checkpoint("alpha"), cases("alpha")[40].prompt).exp()
+    drawn = torch.zeros_like(exact)
+    for completion in sampled[2][0]["all"]:
+        drawn[completion["tokens"][0]] += 1
+    count = drawn.sum()
+    for token in exact.topk(8).indices:
+        share = exact[token].item()
+        deviation = math.sqrt(share * (1 - share) / count)
+        assert drawn[token] / count == pytest.approx(share, abs=4 * deviation + 1 / count)
+
+
+def test_logprobs_are_transformers_own(sampled):
+    for out, case in zip(sampled[3], cases("alpha")[:30], strict=True):
+        assert out["logprobs"] == pytest.approx(case.expected.logprobs, abs=1e-3)
+        first = distribution(checkpoint("alpha"), case.prompt).topk(5)
+        want = dict(zip(map(str, first.indices.tolist()), first.values.tolist(), strict=True))
+        assert out["top"][0] == pytest.approx(want, abs=1e-3)
+
+
+def test_abort_in_flight(server):
+    """Half of 64 requests leave after four tokens; the others and a second try answer as ever."""
+    asked = list(cases("alpha")[:64])
+    aborted = list(range(0, 64, 2))
+    result = server.run(
+        "async_jobs:abort_in_flight",
+        model=str(checkpoint("alpha")),
+        engine=ENGINE,
+        prompts=[c.prompt for c in asked],
+        aborted=aborted,
+        after=4,
+        env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+    ).get()
+    left = [c for i, c in enumerate(asked) if i not in aborted]
+    assert_same([{"tokens": t} for t in result["finished"]], left)
+    assert_same([{"tokens": t} for t in result["again"]], [asked[i] for i in aborted])
+    assert sum(len(t) < 16 for t in result["partial"]) == len(aborted)
+    assert result["unfinished"] == 0
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}, "count": {"type": "integer"}},
+    "required": ["city", "count"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def chat_prompts() -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    return [
+        tokenizer.apply_chat_template(
+            q.messages, tools=q.tools, add_generation_prompt=True, return_dict=False
+        )
+        for q in questions(seed=11, n=24)
+    ]
+
+
+@pytest.fixture(scope="module")
+def texts(run, chat_prompts):
+    """Free answers, the same with stop strings, and half of them under a JSON schema."""
+    free = {"prompts": chat_prompts, "params": {"max_tokens": 40, "ignore_eos": False}}
+    first = run("demo", WITH_TEXT, [free])["steps"][0]
+    stops = [out["text"][len(out["text"]) // 2 :][:2] for out in first]
+    stopped = [{"max_tokens": 40, "ignore_eos": False, "stop": [s]} if s else {} for s in stops]
+    structured = {"json_schema": SCHEMA, "max_tokens": 80, "ignore_eos": False}
+    mixed = [structured if i % 2 else free["params"] for i in range(len(chat_prompts))]
+    steps = [{"prompts": chat_prompts, "params": stopped}, {"prompts": chat_prompts, "params": mixed}]
+    second = run("demo", WITH_TEXT, steps)["steps"]
+    return {"free": first, "stops": stops, "stopped": second[0], "mixed": second[1]}
+
+
+def test_stop_strings_cut_the_text(texts):
+    tried = 0
+    for free, stop, out in zip(texts["free"], texts["stops"], texts["stopped"], strict=True):
+        if not stop:
+            continue
+        tried += 1
+        assert out["text"] == free["text"][: free["text"].index(stop)]
+        assert out["finish"] == "stop"
+        assert out["stop"] == stop
+    assert tried > 10
+
+
+def test_structured_output_beside_free_answers(texts):
+    for index, out in enumerate(texts["mixed"]):
+        if index % 2 == 0:
+            assert out["text"] == texts["free"][index]["text"]
+        elif out["finish"] == "stop":
+            value = json.loads(out["text"])
+            assert set(value) == {"city", "count"}
+            assert isinstance(value["count"], int)
+    assert sum(o["finish"] == "stop" for o in texts["mixed"][1::2]) >= 6
+
+
+def test_requests_of_one_token_and_of_the_full_length(run):
+    """The shortest prompt, one output token; and prompt and answer that fill the model's length."""
+    long = cases("alpha")[-1]
+    assert len(long.prompt) > 1000
+    short = cases("alpha")[0]
+    steps = [
+        {"prompts": [short.prompt], "params": {"max_tokens": 1}},
+        {"prompts": [long.prompt], "params": {"max_tokens": 16}},
+    ]
+    engine = {**ENGINE, "max_model_len": len(long.prompt) + 16}
+    result = run("alpha", engine, steps)["steps"]
+    assert_same(result[0], [Case(short.prompt, short.expected)])
+    assert_same(result[1], [long])
