@@ -53,7 +53,7 @@ def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedP
     variables["VLLM_LOGGING_COLOR"] = "0"
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(
-        command, env=variables | environment, capture_output=True, text=True, timeout=300, cwd="/"
+        command, env=variables | environment, capture_output=True, text=True, timeout=900, cwd="/"
     )
 
 
@@ -124,7 +124,7 @@ def test_switched_off_the_builtin_serves(switch: dict[str, str]):
         for line in (done.stdout + done.stderr).splitlines()
         if "LFM2_PLUGIN=off: vLLM serves" in line
     ]
-    assert len(said) == ("LFM2_PLUGIN" in switch)
+    assert bool(said) == ("LFM2_PLUGIN" in switch)
 
 
 def test_a_broken_front_stops_vllm(tmp_path: Path):
