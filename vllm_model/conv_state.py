@@ -161,6 +161,10 @@ class ConvStatePage(MambaBase):
     def get_attn_backend(self) -> type[ConvStateBackend]:
         return ConvStateBackend
 
+    def get_prefill_checkpoint_alignment(self) -> int:
+        """Any token can be a checkpoint. vLLM asks from 0.33 on; earlier ones read it from the specification."""
+        return 1
+
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MambaSpec:
         """vLLM's specification of the page, with two changes.
 
@@ -174,5 +178,5 @@ class ConvStatePage(MambaBase):
             spec,
             num_speculative_blocks=0,
             num_prefill_checkpoint_blocks=int(align),
-            prefill_checkpoint_alignment=1 if align else None,
+            prefill_checkpoint_alignment=self.get_prefill_checkpoint_alignment() if align else None,
         )

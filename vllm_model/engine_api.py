@@ -6,7 +6,11 @@ a capability, never for a version, and says which version needs it.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+
 import torch
+from vllm import __version__ as vllm_version
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import (
@@ -54,7 +58,6 @@ from vllm.model_executor.layers.mamba.ops.causal_conv1d import (
     causal_conv1d_fn,
     causal_conv1d_update,
 )
-from vllm.model_executor.layers.mamba.short_conv import ShortConv as BuiltinShortConv
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -100,7 +103,6 @@ __all__ = [
     "SUPPORTED",
     "Attention",
     "AutoWeightsLoader",
-    "BuiltinShortConv",
     "CPUUnquantizedExperts",
     "CommonAttentionMetadata",
     "EagleModelMixin",
@@ -160,18 +162,46 @@ __all__ = [
     "make_empty_intermediate_tensors_factory",
     "make_layers",
     "maybe_prefix",
+    "missing_capabilities",
     "on_cpu",
     "padding_rows",
     "pipeline_stages",
     "short_conv_op",
     "speculation_needs_triton",
     "support_torch_compile",
+    "vllm_version",
 ]
 
 
 def on_cpu() -> bool:
     """Whether this vLLM runs its models on a CPU."""
     return current_platform.is_cpu()
+
+
+def missing_capabilities() -> list[str]:
+    """What this vLLM lacks of what the package builds on, in words; empty where all is there.
+
+    An import that fails says so by itself; these are the options and fields behind the names. All are in 0.31.0 to
+    0.33.0 (0.33.0 by its source: no CPU build of it exists).
+    """
+    factory = inspect.signature(FusedMoEFactory).parameters
+    spec = {field.name for field in dataclasses.fields(MambaSpec)}
+    metadata = {field.name for field in dataclasses.fields(ShortConvAttentionMetadata)}
+    needs = {
+        "a routing function of the model's own for experts": "custom_routing_function" in factory,
+        "expert weights of the model's own class": "routed_experts_cls" in factory,
+        "prefill checkpoints": "num_prefill_checkpoint_blocks" in spec,
+        "state blocks for drafts that can be declined": "num_speculative_blocks" in spec,
+        "metadata split into decodes and prefills": {
+            "state_indices_tensor_d",
+            "state_indices_tensor_p",
+            "has_initial_states_p",
+            "num_accepted_tokens",
+        }
+        <= metadata,
+        "the operator vllm::short_conv": hasattr(torch.ops.vllm, "short_conv"),
+    }
+    return [need for need, met in needs.items() if not met]
 
 
 def short_conv_op(bcx: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:

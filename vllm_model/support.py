@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from lfm2_plugin.arch import Lfm2MoeArch
 
-from .engine_api import VllmConfig, expert_ranks, speculation_needs_triton
+from .engine_api import (
+    SUPPORTED,
+    VllmConfig,
+    expert_ranks,
+    missing_capabilities,
+    speculation_needs_triton,
+    vllm_version,
+)
 
 
 def check_support(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
@@ -13,6 +20,11 @@ def check_support(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
     Raises:
         ValueError: what is wrong and what to do.
     """
+    if missing := missing_capabilities():
+        raise ValueError(
+            f"vLLM {vllm_version} lacks {', '.join(missing)}, which lfm2-plugin builds on. Install a release from "
+            f"{SUPPORTED[0]} to {SUPPORTED[1]} or a newer lfm2-plugin, or set LFM2_PLUGIN=off for vLLM's own model."
+        )
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size
     if arch.num_heads % ranks or arch.hidden_size % ranks:
