@@ -285,7 +285,9 @@ def _tool_list(rng: Random) -> tuple[list[dict[str, Any]], list[_Request]]:
     """One to four tools, and for each a function that makes a request for it."""
     kinds = rng.sample(TOOL_KINDS, rng.randint(1, 4))
     made = [_tool(rng, kind) for kind in kinds]
-    requests = [partial(_request, rng, kind, *pair) for kind, pair in zip(kinds, made, strict=True)]
+    requests: list[_Request] = [
+        partial(_request, rng, kind, *pair) for kind, pair in zip(kinds, made, strict=True)
+    ]
     return [tool for tool, _ in made], requests
 
 
