@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 
 import torch
+import vllm.model_executor.layers.mamba.short_conv  # noqa: F401  (registers torch.ops.vllm.short_conv)
 from vllm import __version__ as vllm_version
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
