@@ -8,6 +8,7 @@ import torch
 from lfm2_plugin.conv_batch import ConvBatch
 from lfm2_plugin.dispatch import ImpossibleChoice, implementation
 from lfm2_plugin.doctor.findings import Finding
+from lfm2_plugin.ops.moe import moe, moe_naive
 from lfm2_plugin.ops.router import route, route_naive
 from lfm2_plugin.ops.short_conv import short_conv, short_conv_naive
 
@@ -89,7 +90,22 @@ def check_router(device: str) -> tuple[Outputs, Outputs]:
     return list(chosen), list(naive)
 
 
+def check_moe(device: str) -> tuple[Outputs, Outputs]:
+    """32 tokens through 4 of 8 experts, one of them absent for some: outputs of both sides."""
+    generator = torch.Generator().manual_seed(0)
+    E, D, F = 8, 64, 32
+    x = torch.randn(32, D, generator=generator).to(device)
+    w13 = torch.randn(E, 2 * F, D, generator=generator).div(D**0.5).to(device)
+    w2 = torch.randn(E, D, F, generator=generator).div(F**0.5).to(device)
+    weights = torch.rand(32, 4, generator=generator).to(device)
+    ids = torch.rand(32, E, generator=generator).argsort(dim=1)[:, :4].to(torch.int32)
+    ids[:5, 3] = -1
+    sides = [run(x, w13, w2, weights, ids.to(device)) for run in (moe, moe_naive)]
+    return [sides[0]], [sides[1]]
+
+
 CHECKS: dict[str, Callable[[str], tuple[Outputs, Outputs]]] = {
     "short_conv": check_short_conv,
     "router": check_router,
+    "moe": check_moe,
 }
