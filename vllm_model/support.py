@@ -9,6 +9,7 @@ from .engine_api import (
     VllmConfig,
     expert_ranks,
     missing_capabilities,
+    pipeline_stages,
     speculation_needs_triton,
     vllm_version,
 )
@@ -42,6 +43,14 @@ def check_support(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
             f"{experts} experts can't be divided evenly over {expert_ranks(vllm_config)} expert-parallel ranks; choose "
             f"tensor and data parallel sizes whose product divides {experts}, or leave out --enable-expert-parallel."
         )
+    stages = pipeline_stages(vllm_config, arch.num_layers)
+    for number, (first, last) in enumerate(stages):
+        if len(stages) > 1 and not any(first <= i < last for i in arch.attention_layers):
+            raise ValueError(
+                f"Pipeline stage {number} would hold layers {first} to {last - 1} and none of the attention layers "
+                f"{', '.join(map(str, arch.attention_layers))}; vLLM's workers then disagree on the layout of their "
+                f"caches. Choose a smaller --pipeline-parallel-size, or cut otherwise with VLLM_PP_LAYER_PARTITION."
+            )
     if speculation_needs_triton(vllm_config):
         raise ValueError(
             "On a CPU vLLM can't combine speculative decoding with prefix caching for a model with conv states: its "
