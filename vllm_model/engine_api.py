@@ -13,7 +13,7 @@ import torch
 import vllm.model_executor.layers.mamba.short_conv  # noqa: F401  (registers torch.ops.vllm.short_conv)
 from vllm import __version__ as vllm_version
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed import (
     get_ep_group,
     get_pp_group,
@@ -166,6 +166,7 @@ __all__ = [
     "missing_capabilities",
     "on_cpu",
     "padding_rows",
+    "pipeline_needs_compilation",
     "pipeline_stages",
     "short_conv_op",
     "speculation_needs_triton",
@@ -264,6 +265,18 @@ def speculation_needs_triton(vllm_config: VllmConfig) -> bool:
         on_cpu()
         and vllm_config.num_speculative_tokens > 0
         and vllm_config.cache_config.mamba_cache_mode == "align"
+    )
+
+
+def pipeline_needs_compilation(vllm_config: VllmConfig) -> bool:
+    """Whether a later pipeline stage would have no buffer for what the one before sends.
+
+    vLLM's runner makes it in the dummy run before compiling, which on a CPU without compilation never happens.
+    """
+    return (
+        on_cpu()
+        and vllm_config.parallel_config.pipeline_parallel_size > 1
+        and vllm_config.compilation_config.mode == CompilationMode.NONE
     )
 
 

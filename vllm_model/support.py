@@ -9,6 +9,7 @@ from .engine_api import (
     VllmConfig,
     expert_ranks,
     missing_capabilities,
+    pipeline_needs_compilation,
     pipeline_stages,
     speculation_needs_triton,
     vllm_version,
@@ -51,6 +52,12 @@ def check_support(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
                 f"{', '.join(map(str, arch.attention_layers))}; vLLM's workers then disagree on the layout of their "
                 f"caches. Choose a smaller --pipeline-parallel-size, or cut otherwise with VLLM_PP_LAYER_PARTITION."
             )
+    if pipeline_needs_compilation(vllm_config):
+        raise ValueError(
+            "On a CPU vLLM can't run pipeline stages without compilation: its runner then has no buffer for what a stage "
+            "receives. Leave out --enforce-eager (and LoRA, which switches compilation off on a CPU), or use "
+            "--tensor-parallel-size."
+        )
     if speculation_needs_triton(vllm_config):
         raise ValueError(
             "On a CPU vLLM can't combine speculative decoding with prefix caching for a model with conv states: its "
