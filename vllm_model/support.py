@@ -54,8 +54,8 @@ def check_support(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
             )
     if pipeline_needs_compilation(vllm_config):
         raise ValueError(
-            "On a CPU vLLM can't run pipeline stages without compilation: its runner then has no buffer for what a stage "
-            "receives. Leave out --enforce-eager (and LoRA, which switches compilation off on a CPU), or use "
+            "On a CPU vLLM can't run pipeline stages without compilation: its runner then has no buffer for what "
+            "a stage receives. Leave out --enforce-eager (and LoRA, which switches compilation off on a CPU), or use "
             "--tensor-parallel-size."
         )
     if speculation_needs_triton(vllm_config):
