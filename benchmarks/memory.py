@@ -190,7 +190,7 @@ def tables(model: str, tokens: int = 1536) -> tuple[str, list[dict[str, Any]]]:
         held,
     )
     text += "\n" + _markdown(
-        "|conv groups: built-in|ours|block: built-in|ours|prefill steps: built-in|ours|requests that fit: built-in|ours",
+        "|conv groups: built-in|ours|block: built-in|ours|prefill steps: built-in|ours|requests: built-in|ours",
         fits,
     )
     return text, records
@@ -214,7 +214,7 @@ it for the engine (vLLM's default), less the weights, less an assumed 3 GiB for 
 three tokens a step.
 
 - *claim*: what the planner reckons with for one request, the most it can ever hold. vLLM reports concurrency by it;
-  "requests that fit" counts with it too.
+  "requests" (how many fit) counts with it too.
 - *peak* and *decoding*: what one request of {prompt:,} prompt tokens really holds when vLLM's own scheduler runs it
   alone: the most after any step, and the mean over its decode steps.
 - *prefill steps*: in how many steps that scheduler reads the prompt, and the tokens of each. The built-in needs a step
