@@ -16,8 +16,7 @@ from engines import CACHE, REPO
 DEMO = REPO / "lfm2_plugin" / "demo" / "model"
 VOCAB = 512
 
-# Tied head, no bias, K=3, theta 1e6; six layers, the first three dense, so that half of the layers
-# make a pipeline stage without experts.
+# Tied head, no bias, K=3, theta 1e6; five convolutions to one attention layer, three dense layers.
 ALPHA = {
     "vocab_size": VOCAB,
     "hidden_size": 128,
@@ -58,6 +57,11 @@ BETA = {
     "routed_scaling_factor": 1.5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5e6},
 }
+# Attention and convolutions in both halves, experts in the second only.
+STAGED = {
+    **ALPHA,
+    "layer_types": ["conv", "full_attention", "conv", "conv", "full_attention", "conv"],
+}
 # Two layers: quick to compile, for tests that ask about one thing.
 SMALL = {
     **ALPHA,
@@ -69,6 +73,7 @@ SMALL = {
 SPECS: dict[str, dict[str, Any]] = {
     "alpha": ALPHA,
     "beta": BETA,
+    "staged": STAGED,
     "small": SMALL,
     # Nothing of beta's that the built-in gets wrong but the head.
     "untied": {**SMALL, "tie_word_embeddings": False},
@@ -82,7 +87,7 @@ def checkpoint(name: str) -> Path:
     """Folder of the named checkpoint (config.json and safetensors, float32), made when absent."""
     if name == "demo":
         return DEMO
-    return made({"spec": SPECS[name], "seed": list(SPECS).index(name)})
+    return made({"spec": SPECS[name], "seed": len(name)})
 
 
 def made(recipe: dict[str, Any]) -> Path:

@@ -15,6 +15,7 @@ CACHE = REPO / ".cache" / "tests"
 # One thread per engine: two engines may run side by side, and the order of float additions is fixed.
 BASE_ENV = {
     "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two workers on one NUMA node
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_AOT_COMPILE": "0",  # its artefacts fail to load back on the CPU: compiles every time

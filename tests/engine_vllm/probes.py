@@ -57,11 +57,11 @@ def routing(model) -> dict:
     from vllm.forward_context import set_forward_context
 
     layer = expert_layers(model)[0]
-    experts = layer.gate.weight.shape[0]
-    logits = torch.randn(3, experts, generator=torch.Generator().manual_seed(0))
+    config = model.config
+    logits = torch.randn(3, config.num_experts, generator=torch.Generator().manual_seed(0))
     logits[1] -= 16
     padding = torch.tensor([False, False, True])
-    hidden = torch.zeros(3, layer.gate.weight.shape[1])
+    hidden = torch.zeros(3, config.hidden_size)
     router = layer.experts.router
     with set_forward_context(None, VllmConfig(), is_padding=padding):
         weights, ids = router.select_experts(hidden, logits)[:2]

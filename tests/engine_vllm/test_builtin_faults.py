@@ -138,12 +138,12 @@ def test_routing_epsilon_and_padding_rows(run):
 
 
 def test_pipeline_stage_without_an_expert_layer_is_refused(run):
-    step, asked = ask("small")
-    engine = {**EAGER, "pipeline_parallel_size": 2}
-    builtin = run.outcome("small", engine, [step], env=BUILTIN)
+    step, asked = ask("staged")
+    engine = {**COMPILED, "pipeline_parallel_size": 2}
+    builtin = run.outcome("staged", engine, [step], env=BUILTIN)
     assert builtin.error
     assert "No Lfm2MoeSparseMoeBlock layer found" in builtin.log
-    assert_same(run("small", engine, [step])["steps"][0], asked)
+    assert_same(run("staged", engine, [step])["steps"][0], asked)
 
 
 def test_missing_expert_bias_is_left_uninitialised(run, tmp_path):

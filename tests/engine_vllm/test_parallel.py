@@ -14,11 +14,11 @@ pytestmark = pytest.mark.engine
 OURS = "vllm_model.model.Lfm2MoeForCausalLM"
 
 
-def ask(run, model: str, dtype: str = "float32", cache: bool = False, **engine) -> dict:
+def ask(run, model: str, dtype: str = "float32", cache: bool = False, env=None, **engine) -> dict:
     """All prompts in batches of 64 with chunks, on two processes; twice where a cache is on."""
     step = {"prompts": [c.prompt for c in cases(model)]}
     options = {"dtype": dtype, "enable_prefix_caching": cache, "max_num_batched_tokens": 512}
-    result = run(model, {**options, **engine}, [step] * (1 + cache), timeout=400)
+    result = run(model, {**options, **engine}, [step] * (1 + cache), env=env, timeout=400)
     assert result["class"] == [OURS] * 2
     for outputs in result["steps"]:
         same = assert_same if dtype == "float32" else assert_same_but_for_ties
@@ -37,19 +37,30 @@ def test_tensor_parallel(run, model, dtype, cache):
 @pytest.mark.parametrize(
     ("model", "cache", "partition"),
     [
-        ("alpha", True, "3,3"),  # the first stage has no expert layer
-        ("alpha", False, "2,4"),  # the first stage has no attention layer
-        ("beta", False, "3,2"),  # two conv layers and one
-        ("beta", True, "2,3"),  # one conv layer and two
+        ("staged", True, "3,3"),  # the first stage has no expert layer
+        ("staged", False, "2,4"),  # one conv layer and three
+        ("beta", True, "3,2"),  # two conv layers and one
+        ("beta", False, "1,4"),  # no conv layer in the first stage
     ],
 )
 def test_pipeline_parallel(run, model, cache, partition):
     env = {"VLLM_PP_LAYER_PARTITION": partition}
-    step = {"prompts": [c.prompt for c in cases(model)]}
-    engine = {"dtype": "float32", "enable_prefix_caching": cache, "pipeline_parallel_size": 2}
-    result = run(model, engine, [step] * (1 + cache), env=env, timeout=400)
-    for outputs in result["steps"]:
-        assert_same(outputs, cases(model))
+    options = {"pipeline_parallel_size": 2, "enforce_eager": False, "env": env}
+    ask(run, model, cache=cache, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "text"),
+    [
+        ("staged", {}, "Leave out --enforce-eager"),
+        ("alpha", {"enforce_eager": False}, "none of the attention layers"),
+    ],
+)
+def test_pipelines_that_the_engine_can_not_run_are_refused(run, model, engine, text):
+    options = {"dtype": "float32", "pipeline_parallel_size": 2, **engine}
+    refused = run.outcome(model, options, [])
+    assert refused.error is not None
+    assert text in refused.log
 
 
 @pytest.mark.parametrize(("model", "dtype"), [("alpha", "float32"), ("beta", "bfloat16")])
