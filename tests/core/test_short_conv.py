@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tolerances import assert_within
 
 from lfm2_plugin.conv_batch import ConvBatch
-from lfm2_plugin.ops.short_conv import short_conv, short_conv_naive, short_conv_native
+from lfm2_plugin.ops.short_conv import native, short_conv, short_conv_naive, short_conv_native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IMPLEMENTATIONS = {"naive": short_conv_naive, "native": short_conv_native}
@@ -51,10 +51,10 @@ CASES = [
     Case("prefill-2-tokens", prefills=[2], fresh=[0]),
     Case("prefill-whole", prefills=[17], fresh=[0]),
     Case("prefill-with-state", prefills=[17]),
-    Case("prefill-over-pieces", prefills=[150, 3, 90], fresh=[0], dim=16400),
     Case("prefill-many", prefills=[5, 1, 2, 31, 3, 1], fresh=[0, 2, 5], bias=True),
     Case("prefill-all-short", prefills=[1, 2, 1, 2], fresh=[3], width=4),
-    Case("prefill-empty-query", prefills=[4, 0, 3], fresh=[0]),
+    Case("prefill-empty-query", prefills=[4, 0, 3, 0], fresh=[0, 1]),
+    Case("decode-empty-query", decodes=[1, 0, 1], prefills=[3], fresh=[1]),
     Case("prefill-null", prefills=[4, 6, 3], nulls=[1], padding=4),
     Case("prefill-checkpoint", prefills=[9, 7, 1], checkpoints=[4, 0, 1], fresh=[0]),
     Case("prefill-checkpoint-early", prefills=[9, 6], checkpoints=[1, 2], fresh=[1], width=4),
@@ -290,6 +290,30 @@ def test_checkpoint_is_the_state_of_the_shorter_prompt(run) -> None:
         _, short = run_in_chunks(run, bcx[:7], weight, bias, [offset], False, torch.float32)
         assert torch.equal(state[batch.checkpoint_slots[0]], short)
         assert state[batch.checkpoint_slots[1]].isnan().all()
+
+
+@pytest.mark.parametrize("run", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_checkpoint_into_the_null_slot_is_none(run) -> None:
+    bcx, weight, bias, state, batch = make_step(
+        Case("", prefills=[7, 4], checkpoints=[3, 2]), torch.float32
+    )
+    batch.checkpoint_slots[0] = NULL
+    run(bcx, weight, bias, state, batch, torch.empty(11, 32))
+    assert state[NULL].isnan().all()
+    assert not state[batch.checkpoint_slots[1]].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [2, 8])
+def test_long_prefill_is_taken_in_pieces(monkeypatch, dtype, width: int) -> None:
+    """Pieces of 32 rows, so that every tap reaches over a seam, in and out of step with sequences."""
+    case = Case("", decodes=[1], prefills=[70, 3, 33, 64, 20], fresh=[2, 4], width=width)
+    bcx, weight, bias, state, batch = make_step(case, dtype)
+    whole_state = state.clone()
+    whole = short_conv(bcx, weight, bias, whole_state, batch)
+    monkeypatch.setattr(native, "_PIECE_BYTES", 1)
+    assert torch.equal(short_conv(bcx, weight, bias, state, batch), whole)
+    assert same_bits(state, whole_state)
 
 
 @pytest.mark.parametrize("run", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)

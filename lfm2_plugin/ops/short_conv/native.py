@@ -37,7 +37,7 @@ class _Block:
         rows: (N * width,) int64 row of each token of the block, the last one again past a
             sequence's end; a slice if the rows are adjacent.
         width: tokens per sequence in the block.
-        live: (N * width,) bool, False past a sequence's end; None if all are live.
+        live: which of the N * width are tokens, and their rows, (M,) int64 each; None if all are.
     """
 
     slots: torch.Tensor
@@ -45,7 +45,7 @@ class _Block:
     columns: torch.Tensor | None
     rows: torch.Tensor | slice
     width: int
-    live: torch.Tensor | None
+    live: tuple[torch.Tensor, torch.Tensor] | None
 
 
 @dataclass
@@ -163,8 +163,8 @@ def _block(
         history = cells[block.slots[:, None], block.columns]
     if block.fresh is not None:
         history.masked_fill_(block.fresh, 0)
-    adjacent = isinstance(block.rows, slice)
-    tokens = bcx[block.rows] if adjacent else bcx.index_select(0, block.rows)
+    rows = block.rows
+    tokens = bcx[rows] if isinstance(rows, slice) else bcx.index_select(0, rows)
     B, C, x = tokens.split(D, dim=-1)
     values = torch.cat([history.to(bcx.dtype), (B * x).view(N, width, D)], dim=1)
 
@@ -175,12 +175,13 @@ def _block(
     if bias is not None:
         total += bias
     conv = total.to(bcx.dtype).view(N * width, D)
-    if adjacent:
-        torch.mul(C, conv, out=out[block.rows])
+    if isinstance(rows, slice):
+        torch.mul(C, conv, out=out[rows])
     elif block.live is None:
-        out.index_copy_(0, block.rows, C * conv)
+        out.index_copy_(0, rows, C * conv)
     else:
-        out.index_copy_(0, block.rows[block.live], (C * conv)[block.live])
+        live, live_rows = block.live
+        out.index_copy_(0, live_rows, (C * conv).index_select(0, live))
     return values
 
 
@@ -240,15 +241,15 @@ def _make_block(
 ) -> _Block:
     """A block over N sequences, given their slots, first rows, lengths and freshness, (N,) each."""
     offsets = torch.arange(width, device=slots.device)
-    rows = starts[:, None] + torch.minimum(offsets, lengths[:, None] - 1)
-    live = (offsets < lengths[:, None]).view(-1)
+    rows = (starts[:, None] + torch.minimum(offsets, lengths[:, None] - 1)).view(-1)
+    live = (offsets < lengths[:, None]).view(-1).nonzero().squeeze(1)
     return _Block(
         slots=slots,
         fresh=fresh[:, None, None] if bool(fresh.any()) else None,
         columns=columns,
-        rows=rows.view(-1),
+        rows=rows,
         width=width,
-        live=None if bool(live.all()) else live,
+        live=None if live.numel() == rows.numel() else (live, rows[live]),
     )
 
 
