@@ -144,9 +144,9 @@ def kv_groups(llm: LLM) -> list[dict]:
     ]
 
 
-def probe(llm: LLM, name: str) -> Any:
-    """What ``probes.<name>`` finds on the model of the first worker."""
-    return llm.apply_model(getattr(importlib.import_module("probes"), name))[0]
+def probe(llm: LLM, name: str, module: str = "probes") -> Any:
+    """What ``<module>.<name>`` finds on the model of the first worker."""
+    return llm.apply_model(getattr(importlib.import_module(module), name))[0]
 
 
 STEPS = {"generate": generate, "turns": turns, "kv_groups": kv_groups, "probe": probe}
