@@ -13,6 +13,7 @@ import httpx
 
 STOP_GRACE_S = 20
 LOG_TAIL_LINES = 25
+PROGRESS_S = 15
 
 
 class ServerFailed(RuntimeError):
@@ -86,6 +87,7 @@ def _wait(
     progress: Callable[[str], None],
 ) -> None:
     start = said = time.monotonic()
+    news = ""
     while time.monotonic() - start < timeout_s:
         if process.poll() is not None:
             raise ServerFailed(
@@ -95,10 +97,10 @@ def _wait(
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health", timeout=5).status_code == 200:
                 return
-        if time.monotonic() - said > 5:
-            said = time.monotonic()
-            last = tail(log, 1) or "starting"
-            progress(f"{said - start:4.0f} s  {last.split('] ', 1)[-1][:90]}")
+        last, waited = tail(log, 1).split("] ", 1)[-1][:90], time.monotonic() - said
+        if (last != news and waited > 2) or waited > PROGRESS_S:
+            progress(f"{time.monotonic() - start:4.0f} s  {'...' if last == news else last}")
+            news, said = last, time.monotonic()
         time.sleep(0.5)
     raise ServerFailed(
         f"the server was not healthy within {timeout_s:.0f} s. The end of its log ({log}):\n{tail(log)}"
