@@ -126,7 +126,10 @@ class Worker:
         self.runner.prepare(Workload(**workload), turns)
 
     def turn(self, number: int) -> dict[str, Any]:
-        return asdict(self.runner.turn(number))
+        before = time.process_time()
+        sample = self.runner.turn(number)
+        sample.cpu_seconds = time.process_time() - before
+        return asdict(sample)
 
     def profile(self, number: int) -> dict[str, Any]:
         from benchmarks.op_profile import profile_turn

@@ -92,11 +92,13 @@ class Sample:
         tokens: tokens worked through in that time: prompt tokens (prefill), generated ones
             (decode), both (mixed).
         steps: wall time of each engine step, where the engine is stepped by hand.
+        cpu_seconds: CPU time of the worker's process over the turn, all threads; 0 where it was not taken.
     """
 
     seconds: float
     tokens: int
     steps: list[float] = field(default_factory=list)
+    cpu_seconds: float = 0.0
 
     @property
     def rate(self) -> float:

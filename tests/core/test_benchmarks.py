@@ -268,6 +268,15 @@ def test_ratios_are_taken_pair_by_pair():
     assert (row.ratio, row.ratio_min, row.ratio_max, row.b_faster) == (0.8, 0.5, 2.0, 1)
 
 
+def test_cpu_time_is_compared_too():
+    """Twice the wall time for half the CPU time: something else was running."""
+    pairs = _pairs([1.0], [2.0])
+    assert report.row(pairs).cpu_ratio == 0.0
+    pairs.a[0].cpu_seconds, pairs.b[0].cpu_seconds = 1.0, 0.5
+    row = report.row(pairs)
+    assert (row.ratio, row.cpu_ratio) == (0.5, 2.0)
+
+
 def test_results_are_written(tmp_path):
     pairs = [_pairs([1.0, 1.1], [0.5, 0.6])]
     rows = [report.row(p) for p in pairs]
