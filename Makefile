@@ -13,10 +13,12 @@ VLLM_LOWEST = .venvs/vllm-0.31/bin
 LINT = .venvs/lint/bin
 # Further words for pytest: make test-vllm PYTEST='-k spec -x'
 PYTEST ?=
+# What `make bench` measures: make bench BENCH='--model small --set quick'
+BENCH ?= --model 8b-cut
 
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo doctor test test-all test-core test-vllm test-vllm-lowest lint format bench memory \
+.PHONY: help demo doctor test test-all test-core test-vllm test-vllm-lowest lint format bench memory tree \
 	env env-lowest env-lint wheel clean
 
 help: ## this list
@@ -52,10 +54,13 @@ format: env-lint ## what ruff can repair by itself
 	$(LINT)/ruff format .
 
 bench: env ## ours against the built-in model, same flags, in turn
-	$(VLLM)/python benchmarks/compare.py
+	$(VLLM)/python -m benchmarks.compare $(BENCH)
 
 memory: env ## the table of cache memory, from vLLM's own planner
-	$(VLLM)/python benchmarks/memory.py
+	$(VLLM)/python -m benchmarks.memory --write
+
+tree: ## the file tree in README.md, from the files' docstrings
+	$(PYTHON) tools/file_tree.py
 
 wheel: env ## the wheel, in dist/
 	$(VLLM)/python -m build --wheel --outdir dist .
