@@ -21,6 +21,8 @@ MODEL_TYPE = "lfm2_moe"
 CONV = "conv"
 ATTENTION = "full_attention"
 CONV_WIDTHS = range(2, 9)
+# transformers 5.17 renames the kinds of layers of a config as it reads it; 5.19 does not.
+_RENAMED_LAYER_TYPES = {"linear_attention": CONV, "attention": ATTENTION}
 
 # What the Hugging Face class assumes where a config.json is silent. Sizes and layer_types are not
 # among them on purpose: a config without these is broken, and a guessed size shows up much later
@@ -128,6 +130,8 @@ class Lfm2MoeArch:
                 f"The config lacks {', '.join(missing)}. Use the config.json that came with the checkpoint."
             )
         values = {**_DEFAULTS, **{k: v for k, v in values.items() if v is not None}}
+        kinds = values["layer_types"]
+        values["layer_types"] = [_RENAMED_LAYER_TYPES.get(kind, kind) for kind in kinds]
         rope = _rope_parameters(values)
         problems = _problems(values)
         if problems:

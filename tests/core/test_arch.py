@@ -126,3 +126,13 @@ def test_everything_wrong_is_listed() -> None:
 def test_something_else_entirely() -> None:
     with pytest.raises(UnsupportedConfig, match="got SimpleNamespace"):
         Lfm2MoeArch.from_config(SimpleNamespace())
+
+
+def test_layer_types_as_transformers_renames_them():
+    """transformers 5.17 hands vLLM 0.31 a config with other names than the file has."""
+    renamed = {"conv": "linear_attention", "full_attention": "full_attention"}
+    given = published()
+    arch = Lfm2MoeArch.from_config(given)
+    other = given | {"layer_types": [renamed[kind] for kind in given["layer_types"]]}
+    assert Lfm2MoeArch.from_config(other) == arch
+    assert arch.conv_layers
