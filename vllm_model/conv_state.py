@@ -40,7 +40,7 @@ from .engine_api import (
 def pages_of_stage(arch: Lfm2MoeArch, first: int, last: int) -> list[list[int]]:
     """The conv layers of the pipeline stage [first, last), cut into pages; each page lists its layers' indices.
 
-    As many pages as the stage has attention layers (one where it has none), filled evenly.
+    As many pages as the stage has attention layers, filled evenly.
     """
     layers = [i for i in arch.conv_layers if first <= i < last]
     attentions = sum(first <= i < last for i in arch.attention_layers)

@@ -44,14 +44,7 @@ def check_support(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
             f"{experts} experts can't be divided evenly over {expert_ranks(vllm_config)} expert-parallel ranks; choose "
             f"tensor and data parallel sizes whose product divides {experts}, or leave out --enable-expert-parallel."
         )
-    stages = pipeline_stages(vllm_config, arch.num_layers)
-    for number, (first, last) in enumerate(stages):
-        if len(stages) > 1 and not any(first <= i < last for i in arch.attention_layers):
-            raise ValueError(
-                f"Pipeline stage {number} would hold layers {first} to {last - 1} and none of the attention layers "
-                f"{', '.join(map(str, arch.attention_layers))}; vLLM's workers then disagree on the layout of their "
-                f"caches. Choose a smaller --pipeline-parallel-size, or cut otherwise with VLLM_PP_LAYER_PARTITION."
-            )
+    _check_stages(arch, vllm_config)
     if pipeline_needs_compilation(vllm_config):
         raise ValueError(
             "On a CPU vLLM can't run pipeline stages without compilation: its runner then has no buffer for what "
@@ -64,3 +57,21 @@ def check_support(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
             "runner copies the states with Triton kernels. Add --no-enable-prefix-caching "
             "(enable_prefix_caching=False), or leave out --speculative-config."
         )
+
+
+def _check_stages(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
+    """Every pipeline stage needs layers of both kinds.
+
+    Without attention, vLLM's workers disagree on the layout of their caches and stop; without a short convolution the
+    tokens come out wrong, and nothing says so (seen on a CPU).
+    """
+    stages = pipeline_stages(vllm_config, arch.num_layers)
+    kinds = {"attention": arch.attention_layers, "short convolution": arch.conv_layers}
+    for number, (first, last) in enumerate(stages):
+        for kind, layers in kinds.items():
+            if len(stages) > 1 and not any(first <= i < last for i in layers):
+                raise ValueError(
+                    f"Pipeline stage {number} would hold layers {first} to {last - 1} and no {kind} layer (those are "
+                    f"{', '.join(map(str, layers))}), which vLLM can't serve right. Choose a smaller "
+                    f"--pipeline-parallel-size, or cut otherwise with VLLM_PP_LAYER_PARTITION."
+                )
