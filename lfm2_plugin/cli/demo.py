@@ -20,7 +20,7 @@ from lfm2_plugin.doctor.vllm_cpu import command_findings
 from lfm2_plugin.register import SWITCH, switched_off
 
 NAME = "lfm2-demo"
-TIMEOUT_S = 600
+TIMEOUT_S = 1200
 # vLLM takes 90 % of a CPU machine's memory for its cache unless told otherwise; the demo needs little.
 VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 # What our model writes to the server's log when it is built: the proof of who serves.
