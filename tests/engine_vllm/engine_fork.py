@@ -10,6 +10,7 @@ child: no second import, no leftovers. Protocol on stdin/stdout, one JSON object
 {"error": "Type: text", "trace": ...} to ``result``. Everything it prints goes to ``log``.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -59,10 +60,8 @@ def wait_child(pid: int, timeout: float) -> int:
             code = os.waitstatus_to_exitcode(status)
         else:
             time.sleep(0.02)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)  # workers that outlived their engine, or the child itself
-    except ProcessLookupError:
-        pass
     if code is None:
         os.waitpid(pid, 0)
         code = TIMED_OUT
@@ -74,10 +73,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that vLLM prints may reach the protocol
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    import vllm  # noqa: F401
+    import vllm
     import vllm.entrypoints.llm
     import vllm.v1.engine.core
-    import vllm.v1.worker.cpu_worker  # noqa: F401
+    import vllm.v1.worker.cpu_worker
 
     print(json.dumps({"ready": vllm.__version__}), file=answers, flush=True)
     for line in sys.stdin:

@@ -65,7 +65,9 @@ class EngineServer:
         assert ready, (self.folder / "fork_server.log").read_text()
         self.version = json.loads(ready)["ready"]
 
-    def run(self, call: str, *, env: dict[str, str] | None = None, timeout: float = 240, **args) -> Outcome:
+    def run(
+        self, call: str, *, env: dict[str, str] | None = None, timeout: float = 240, **args
+    ) -> Outcome:
         """Runs ``module:function(**args)`` in a child and returns its outcome."""
         if self.process is None:
             self.start()

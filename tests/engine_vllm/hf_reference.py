@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-
 from engines import CACHE
 
 BATCH_TOKENS = 4096  # tokens of one prefill batch
@@ -103,20 +102,28 @@ def greedy(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[Gree
     return rows
 
 
+@dataclass
+class Forced:
+    """A model's view of a text: its own choice and the text's log-probability, per step of the tail."""
+
+    choices: list[int]
+    logprobs: list[float]
+
+
 def teacher_forced(
     folder: Path, texts: list[list[int]], tail: int, dtype: torch.dtype
-) -> list[list[float]]:
-    """Log-probabilities of the last ``tail`` tokens of each text in the given dtype."""
+) -> list[Forced]:
+    """One forward of each text in the given dtype; the last ``tail`` tokens are looked at."""
     key = fingerprint(folder, "forced", texts, tail, str(dtype))
     path = CACHE / "reference" / f"{key}.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return [Forced(**row) for row in json.loads(path.read_text())]
     model = load(folder, dtype)
-    rows: list[list[float]] = [[]] * len(texts)
+    rows: list[Forced | None] = [None] * len(texts)
     for group in batches(texts):
-        logprob = score(model, torch.tensor([texts[i] for i in group]), tail)[2]
+        choice, _, logprob = score(model, torch.tensor([texts[i] for i in group]), tail)
         for row, index in enumerate(group):
-            rows[index] = logprob[row].tolist()
+            rows[index] = Forced(choice[row].tolist(), logprob[row].tolist())
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows))
+    path.write_text(json.dumps([asdict(row) for row in rows]))
     return rows

@@ -18,7 +18,7 @@ def attention_layers(model) -> list:
 
 
 def expert_layers(model) -> list:
-    return [l.feed_forward for l in model.model.layers if hasattr(l.feed_forward, "experts")]
+    return [x.feed_forward for x in model.model.layers if hasattr(x.feed_forward, "experts")]
 
 
 def conv_without_metadata(model) -> dict:
@@ -35,7 +35,9 @@ def conv_without_metadata(model) -> dict:
     left = {}
     with set_forward_context(None, VllmConfig()):
         for name in ("forward_native", "forward_cuda"):
-            values = torch.randn(5, 3 * width if takes_bcx else width, dtype=layer.conv.weight.dtype)
+            values = torch.randn(
+                5, 3 * width if takes_bcx else width, dtype=layer.conv.weight.dtype
+            )
             output = torch.full((5, width), POISON, dtype=values.dtype)
             getattr(layer, name)(hidden_states=values, output=output)
             left[name] = int(output.isnan().sum())

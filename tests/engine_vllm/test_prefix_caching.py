@@ -102,7 +102,9 @@ def test_a_hit_changes_no_logprob(run, dtype):
     for first, second in zip(cold, warm, strict=True):
         if dtype == "float32":
             assert first["tokens"] == second["tokens"]
-        assert first["logprobs"][0] == pytest.approx(second["logprobs"][0], abs=LOGPROB_NOISE[dtype])
+        assert first["logprobs"][0] == pytest.approx(
+            second["logprobs"][0], abs=LOGPROB_NOISE[dtype]
+        )
 
 
 # A chunk of another length is multiplied by other blocked loops, which sum in another order.

@@ -122,7 +122,10 @@ def texts(run, chat_prompts):
     stopped = [{"max_tokens": 40, "ignore_eos": False, "stop": [s]} if s else {} for s in stops]
     structured = {"json_schema": SCHEMA, "max_tokens": 80, "ignore_eos": False}
     mixed = [structured if i % 2 else free["params"] for i in range(len(chat_prompts))]
-    steps = [{"prompts": chat_prompts, "params": stopped}, {"prompts": chat_prompts, "params": mixed}]
+    steps = [
+        {"prompts": chat_prompts, "params": stopped},
+        {"prompts": chat_prompts, "params": mixed},
+    ]
     second = run("demo", WITH_TEXT, steps)["steps"]
     return {"free": first, "stops": stops, "stopped": second[0], "mixed": second[1]}
 
