@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -13,8 +14,8 @@ from lfm2_plugin.demo.tasks import Message, draw
 
 IGNORED = -100  # label of a token that is not learned
 POOL = 768  # conversations that are sorted by length together
-# How often a task is drawn. Those that take long to learn come often.
-WEIGHTS = {
+# How often each task is drawn, first and later: once copying works, recall wants the practice.
+FIRST = {
     "copy": 4,
     "recall": 6,
     "recall_far": 2,
@@ -25,6 +26,31 @@ WEIGHTS = {
     "tool_call": 4,
     "turns": 4,
 }
+LATER = FIRST | {"copy": 3, "recall": 18, "recall_far": 3, "count_up": 6, "turns": 3}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What training is like from some pool on.
+
+    Attributes:
+        first_pool: where it begins.
+        longest: conversations of more tokens are left out; short ones teach more a token.
+        weights: how often each task is drawn.
+    """
+
+    first_pool: int
+    longest: int
+    weights: dict[str, int]
+
+
+STAGES = (
+    Stage(0, 160, FIRST),
+    Stage(16, 320, FIRST),
+    Stage(30, 1100, FIRST),
+    Stage(33, 320, LATER),
+    Stage(47, 1100, LATER),
+)
 _SHORT = ("copy", "pattern", "count_up", "count_letters", "sum")
 _SYSTEMS = (
     "You are a helpful assistant.",
@@ -39,9 +65,11 @@ _GREETINGS = (
 )
 
 
-def conversation(rng: Random) -> tuple[list[Message], list[dict[str, Any]] | None]:
+def conversation(
+    rng: Random, weights: dict[str, int] = FIRST
+) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """One conversation with all its answers, and its tool list."""
-    task = rng.choices(list(WEIGHTS), weights=list(WEIGHTS.values()))[0]
+    task = rng.choices(list(weights), weights=list(weights.values()))[0]
     first = draw(rng, task, train=True)
     messages = [*first.messages, {"role": "assistant", "content": first.answer}]
     if task in _SHORT:
@@ -76,21 +104,22 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], li
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int, pool: int, tokens: int, longest: int
+    tokenizer: PreTrainedTokenizerFast, seed: int, pool: int, tokens: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The batches of one pool of conversations: (ids, labels), both (B, L) int64 with B * L <= ``tokens``.
 
-    The same arguments give the same batches, so an interrupted training goes on where it was. Labels are shifted: the
-    label at a position is the token that follows. Conversations of more than ``longest`` tokens are left out.
+    The same arguments give the same batches, so an interrupted training goes on where it was.
+    Labels are shifted: the label at a position is the token that follows.
     """
     rng = Random(f"pool {seed} {pool}")
+    stage = max((s for s in STAGES if s.first_pool <= pool), key=lambda s: s.first_pool)
     rows = []
     for _ in range(POOL):
-        messages, tools = conversation(rng)
+        messages, tools = conversation(rng, stage.weights)
         ids, learned = encode(
             tokenizer, tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
         )
-        if len(ids) <= longest:
+        if len(ids) <= stage.longest:
             rows.append(
                 (
                     ids[:-1],
