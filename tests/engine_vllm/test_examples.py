@@ -27,7 +27,7 @@ def environment() -> dict[str, str]:
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
     """The standard output of a command that has to succeed."""
     done = subprocess.run(
-        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=900
+        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=1500
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
