@@ -67,6 +67,10 @@ def row(pairs: Pairs) -> Row:
     )
 
 
+def _or_dash(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio else "-"
+
+
 def markdown(rows: Sequence[Row], labels: tuple[str, str]) -> str:
     """The table for a README."""
     a, b = labels
@@ -74,7 +78,7 @@ def markdown(rows: Sequence[Row], labels: tuple[str, str]) -> str:
     lines.append("| --- | --: | --: | --: | --: | --: |")
     lines += [
         f"| {r.workload} | {r.a:,.1f} | {r.b:,.1f} | {r.ratio:.2f} "
-        f"| {r.ratio_min:.2f}-{r.ratio_max:.2f} | {r.cpu_ratio:.2f} |"
+        f"| {r.ratio_min:.2f}-{r.ratio_max:.2f} | {_or_dash(r.cpu_ratio)} |"
         for r in rows
     ]
     return "\n".join(lines)

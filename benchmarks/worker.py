@@ -128,7 +128,10 @@ class Worker:
     def turn(self, number: int) -> dict[str, Any]:
         before = time.process_time()
         sample = self.runner.turn(number)
-        sample.cpu_seconds = time.process_time() - before
+        if (
+            self.runner.engine.stepping
+        ):  # otherwise the engine works in processes that this clock doesn't see
+            sample.cpu_seconds = time.process_time() - before
         return asdict(sample)
 
     def profile(self, number: int) -> dict[str, Any]:

@@ -290,7 +290,9 @@ def test_results_are_written(tmp_path):
     assert content["samples"][0]["b"][1]["seconds"] == 0.6
     report.plot(tmp_path / "r.png", rows, ("builtin", "ours"), "title")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
-    assert "| decode 1 x 128 | 95.5 | 183.3 | 1.92 |" in report.markdown(rows, ("builtin", "ours"))
+    assert "| decode 1 x 128 | 95.5 | 183.3 | 1.92 | 1.83-2.00 | - |" in report.markdown(
+        rows, ("builtin", "ours")
+    )
 
 
 def test_sides_are_told_apart():
