@@ -16,16 +16,16 @@ def main(model: str) -> None:
     greedy = SamplingParams(temperature=0, max_tokens=64)
 
     # Plain text to be continued.
-    for output in llm.generate(["apple river star apple river", "fox moon"], greedy):
+    for output in llm.generate(["apple river star apple river", "star moon fox"], greedy):
         print(f"generate: {output.prompt!r} -> {output.outputs[0].text!r}")
 
     # Conversations, rendered with the checkpoint's chat template; a list is served as one batch.
     conversations = [
         [{"role": "user", "content": "Repeat: apple river star"}],
         [
-            {"role": "user", "content": "Repeat: fox moon"},
-            {"role": "assistant", "content": "fox moon"},
-            {"role": "user", "content": "Repeat: gold ring"},
+            {"role": "user", "content": "Repeat: star moon fox"},
+            {"role": "assistant", "content": "star moon fox"},
+            {"role": "user", "content": "Repeat: queen snow garden"},
         ],
     ]
     for conversation, output in zip(conversations, llm.chat(conversations, greedy), strict=True):

@@ -7,7 +7,7 @@ output="${2:-batch_output.jsonl}"
 requests="$(mktemp --suffix .jsonl)"
 trap 'rm -f "$requests"' EXIT
 
-for words in "apple river" "star moon fox" "gold ring"; do
+for words in "apple river star" "star moon fox" "queen snow garden"; do
   cat >> "$requests" <<JSON
 {"custom_id": "${words// /-}", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "$model", "messages": [{"role": "user", "content": "Repeat: $words"}], "temperature": 0, "max_tokens": 32}}
 JSON

@@ -73,10 +73,10 @@ def test_offline():
     printed = run(sys.executable, EXAMPLES / "offline_vllm.py")
     assert printed.count("generate: ") == 2
     assert "chat: 'Repeat: apple river star' -> 'apple river star'" in printed
-    assert "chat: 'Repeat: gold ring' -> 'gold ring'" in printed
+    assert "chat: 'Repeat: queen snow garden' -> 'queen snow garden'" in printed
 
 
 def test_run_batch(tmp_path: Path):
     printed = run(EXAMPLES / "run_batch.sh", "", tmp_path / "out.jsonl", cwd=tmp_path)
-    for words in ("apple river", "star moon fox", "gold ring"):
+    for words in ("apple river star", "star moon fox", "queen snow garden"):
         assert f"{words.replace(' ', '-')} -> {words}\n" in printed
