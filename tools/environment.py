@@ -139,6 +139,7 @@ def pip_has_cpu_torch(python: str, torch: str) -> bool:
 def installer(python: str, environment: Environment, choice: str, log: Path) -> list[str]:
     """The install command: pip, or uv where pip finds no CPU build of torch."""
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+    pip += ["--no-compile"]  # compiling what is never imported takes a minute
     if environment.torch is None or choice == "pip":
         return pip
     if choice == "auto" and pip_has_cpu_torch(python, environment.torch):
