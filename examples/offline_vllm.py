@@ -23,9 +23,9 @@ def main(model: str) -> None:
     conversations = [
         [{"role": "user", "content": "Repeat: apple river star"}],
         [
-            {"role": "user", "content": "Repeat: star moon fox"},
-            {"role": "assistant", "content": "star moon fox"},
-            {"role": "user", "content": "Repeat: queen snow garden"},
+            {"role": "user", "content": "Given park = 88, peach = 71, nut = 16. What is nut?"},
+            {"role": "assistant", "content": "16"},
+            {"role": "user", "content": "What is park?"},
         ],
     ]
     for conversation, output in zip(conversations, llm.chat(conversations, greedy), strict=True):

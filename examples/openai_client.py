@@ -14,7 +14,7 @@ from openai import BadRequestError, OpenAI
 WEATHER = {
     "type": "function",
     "function": {
-        "name": "get_weather",
+        "name": "find_weather",
         "description": "Get the weather of a city",
         "parameters": {
             "type": "object",

@@ -66,14 +66,14 @@ def test_openai_client(kept_demo: tuple[str, str]):
     printed = run(sys.executable, EXAMPLES / "openai_client.py", url)
     assert "chat: apple river star\n" in printed
     assert "streamed: apple river star\n" in printed
-    assert "tool call: get_weather({'city': 'Paris'})" in printed
+    assert "tool call: find_weather({'city': 'Paris'})" in printed
 
 
 def test_offline():
     printed = run(sys.executable, EXAMPLES / "offline_vllm.py")
     assert printed.count("generate: ") == 2
     assert "chat: 'Repeat: apple river star' -> 'apple river star'" in printed
-    assert "chat: 'Repeat: queen snow garden' -> 'queen snow garden'" in printed
+    assert "chat: 'What is park?' -> '88'" in printed
 
 
 def test_run_batch(tmp_path: Path):
