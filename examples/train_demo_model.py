@@ -243,15 +243,14 @@ def measure(folder: Path, n: int) -> dict[str, Any]:
     figures: dict[str, Any] = {"questions": n, "vocabulary": len(tokenizer)}
     for dtype in (torch.bfloat16, torch.float32):
         model = Lfm2MoeForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        balancer = LoadBalancer(model)
         right = evaluate.accuracy(model, tokenizer, n, evaluate.HELD_OUT_SEED)
         figures[str(dtype).removeprefix("torch.")] = right
         print(dtype, right, flush=True)
         figures["parameters"] = sum(p.numel() for p in model.parameters())
-        figures["expert_load"] = {
-            layer: [round(share, 4) for share in shares]
-            for layer, shares in balancer.shares().items()
-        }
+    load = evaluate.expert_load(model, tokenizer, 40, evaluate.HELD_OUT_SEED)
+    figures["expert_load"] = {
+        layer: [round(share, 4) for share in shares] for layer, shares in load.items()
+    }
     return figures
 
 

@@ -14,7 +14,7 @@ from lfm2_plugin.demo.tasks import Message, draw
 
 IGNORED = -100  # label of a token that is not learned
 POOL = 768  # conversations that are sorted by length together
-# How often each task is drawn, first and later: once copying works, recall wants the practice.
+# How often each task is drawn. Once copying works, recall wants the practice, and then tool calls.
 FIRST = {
     "copy": 4,
     "recall": 6,
@@ -27,6 +27,14 @@ FIRST = {
     "turns": 4,
 }
 LATER = FIRST | {"copy": 3, "recall": 18, "recall_far": 3, "count_up": 6, "turns": 3}
+LAST = FIRST | {
+    "copy": 9,
+    "recall": 9,
+    "recall_far": 3,
+    "count_letters": 4,
+    "sum": 4,
+    "tool_call": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ STAGES = (
     Stage(30, 1100, FIRST),
     Stage(33, 320, LATER),
     Stage(47, 1100, LATER),
+    Stage(59, 1100, LAST),
 )
 _SHORT = ("copy", "pattern", "count_up", "count_letters", "sum")
 _SYSTEMS = (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import Lfm2MoeForCausalLM, PreTrainedTokenizerFast
 
+from demo_model.balance import LoadBalancer
 from lfm2_plugin.demo.tasks import TASKS, Question, is_right, questions
 
 HELD_OUT_SEED = 20_000  # of the published accuracies
@@ -12,7 +13,7 @@ BATCH = 32
 
 
 def replies(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: list[Question]
+    model: Lfm2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: list[Question]
 ) -> list[str]:
     """Greedy answers in the order of the questions; prompts are batched by like length, padded on the left."""
     prompts = [
@@ -47,7 +48,7 @@ def replies(
 
 
 def accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n: int, seed: int
+    model: Lfm2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int, seed: int
 ) -> dict[str, float]:
     """Share of right answers per task, over ``n`` held-out questions of each."""
     result = {}
@@ -57,8 +58,24 @@ def accuracy(
     return result
 
 
+def expert_load(
+    model: Lfm2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int, seed: int
+) -> dict[int, list[float]]:
+    """Per MoE layer each expert's share of the work, over ``n`` held-out prompts of every task."""
+    balancer = LoadBalancer(model)
+    for task in TASKS:
+        for q in questions(seed, n, task):
+            prompt = tokenizer.apply_chat_template(
+                q.messages, tools=q.tools, tokenize=False, add_generation_prompt=True
+            )
+            ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])
+            with torch.inference_mode():
+                model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return balancer.shares()
+
+
 def quick_accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, n: int, seed: int
+    model: Lfm2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int, seed: int
 ) -> dict[str, float]:
     """The same without generating: an answer counts when every token of it is the likeliest after the ones before.
 
