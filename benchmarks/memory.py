@@ -154,10 +154,10 @@ def _markdown(head: str, rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def tables(model: str, tokens: int = 1536) -> tuple[str, list[dict[str, Any]]]:
-    """One model's Markdown tables and the same figures as records."""
-    cases = [replace(Case(model, tokens=tokens), **changes) for changes in VARIANTS.values()]
-    plans = {side: plan_all(side, cases) for side in SIDES}
+def tables(
+    model: str, cases: list[Case], plans: dict[str, list[Plan]]
+) -> tuple[str, list[dict[str, Any]]]:
+    """One model's Markdown tables and the same figures as records; a case and a plan for each of VARIANTS."""
     held, fits, records = [], [], []
     for name, case, builtin, ours in zip(
         VARIANTS, cases, plans["builtin"], plans["ours"], strict=True
@@ -237,9 +237,13 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.worker:
         return _work(options.worker)
+    variants = list(VARIANTS.values())
+    cases = [replace(Case(m, tokens=options.tokens), **v) for m in options.models for v in variants]
+    plans = {side: plan_all(side, cases, timeout=1800.0) for side in SIDES}
     texts, records = [], []
-    for model in options.models:
-        text, rows = tables(model, options.tokens)
+    for index, model in enumerate(options.models):
+        part = slice(index * len(variants), (index + 1) * len(variants))
+        text, rows = tables(model, cases[part], {side: plans[side][part] for side in SIDES})
         print(text)
         texts.append(text)
         records += rows
