@@ -16,9 +16,8 @@ PYTEST ?=
 # What `make bench` measures: make bench BENCH='--model small --set quick'
 BENCH ?= --model 8b-cut
 
-.NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help demo doctor test test-all test-core test-vllm test-vllm-lowest lint format bench memory tree \
+.PHONY: help demo doctor test test-all test-core test-engines test-vllm test-vllm-lowest lint format bench memory tree \
 	env env-lowest env-lint wheel clean
 
 help: ## this list
@@ -30,7 +29,11 @@ demo: env ## serve the demo model with vLLM, ask it two questions, stop
 doctor: env ## which class vLLM resolves, kernels, self-checks
 	$(VLLM)/lfm2 doctor
 
-test: test-core test-vllm test-vllm-lowest ## everything: core, vLLM suite, suite on the lowest vLLM
+test: test-core test-engines ## everything: core, vLLM suite, suite on the lowest vLLM
+
+# Side by side: each suite keeps one core busy for most of its time.
+test-engines: env env-lowest ## the vLLM suite on the newest and on the lowest supported release
+	$(MAKE) --jobs=2 --output-sync=line test-vllm test-vllm-lowest
 
 test-all: test ## the same, and the slow tests on the lowest vLLM too
 	$(VLLM_LOWEST)/python -m pytest tests/engine_vllm -m slow $(PYTEST)

@@ -10,7 +10,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 REPO = HERE.parents[1]
-CACHE = REPO / ".cache" / "tests"
+# A cache for each environment, so that the suite may run in two of them side by side.
+CACHE = REPO / ".cache" / "tests" / Path(sys.prefix).name
 
 # One thread per engine: two engines may run side by side, and the order of float additions is fixed.
 BASE_ENV = {
