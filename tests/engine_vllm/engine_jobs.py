@@ -5,6 +5,7 @@ Token ids go in and come out; a tokenizer is loaded only where a step needs text
 
 import importlib
 import time
+import zlib
 from typing import Any
 
 from vllm import LLM, SamplingParams
@@ -84,7 +85,8 @@ def generate(
     each = params if isinstance(params, list) else [params or {}] * len(prompts)
     settings = [sampling(**fields) for fields in each]
     inputs = [p if isinstance(p, str) else {"prompt_token_ids": p} for p in prompts]
-    extra = {"lora_request": LoRARequest(lora, 1, lora)} if lora else {}
+    # The engine keeps adapters by number, so every folder needs one of its own.
+    extra = {"lora_request": LoRARequest(lora, zlib.crc32(lora.encode()), lora)} if lora else {}
     if alone:
         pairs = zip(inputs, settings, strict=True)
         outs = [llm.generate([i], s, use_tqdm=False, **extra)[0] for i, s in pairs]

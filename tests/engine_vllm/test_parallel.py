@@ -42,7 +42,6 @@ def test_tensor_parallel(run, model, dtype, cache):
         ("staged", True, "3,3"),  # the first stage has no expert layer
         ("staged", False, "2,4"),  # one conv layer and three
         ("beta", True, "3,2"),  # two conv layers and one
-        ("beta", False, "1,4"),  # no conv layer in the first stage
     ],
 )
 def test_pipeline_parallel(run, model, cache, partition):
@@ -52,15 +51,16 @@ def test_pipeline_parallel(run, model, cache, partition):
 
 
 @pytest.mark.parametrize(
-    ("model", "engine", "text"),
+    ("model", "partition", "eager", "text"),
     [
-        ("staged", {}, "Leave out --enforce-eager"),
-        ("alpha", {"enforce_eager": False}, "none of the attention layers"),
+        ("staged", "3,3", True, "Leave out --enforce-eager"),
+        ("alpha", "3,3", False, "would hold layers 3 to 5 and no attention layer"),
+        ("beta", "1,4", False, "would hold layers 0 to 0 and no conv layer"),
     ],
 )
-def test_pipelines_that_the_engine_can_not_run_are_refused(run, model, engine, text):
-    options = {"dtype": "float32", "pipeline_parallel_size": 2, **engine}
-    refused = run.outcome(model, options, [])
+def test_pipelines_that_the_engine_can_not_run_are_refused(run, model, partition, eager, text):
+    engine = {"dtype": "float32", "pipeline_parallel_size": 2, "enforce_eager": eager}
+    refused = run.outcome(model, engine, [], env={"VLLM_PP_LAYER_PARTITION": partition})
     assert refused.error is not None
     assert text in refused.log
 

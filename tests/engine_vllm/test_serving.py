@@ -17,6 +17,9 @@ from lfm2_plugin.demo.tasks import Question, call_text, is_right, questions
 pytestmark = pytest.mark.engine
 
 OPTIONS = ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "64"]
+# Under a grammar the demo model would go on with spaces for as long as it may.
+COMPACT_GRAMMAR = {"backend": "xgrammar", "disable_any_whitespace": True}
+COMPACT = ["--structured-outputs-config", json.dumps(COMPACT_GRAMMAR)]
 TOOLS = ["--enable-auto-tool-choice", "--tool-call-parser", "lfm2"]
 QUESTIONS = 500
 OURS = "LFM2-MoE is served by vllm_model.model.Lfm2MoeForCausalLM"
@@ -25,13 +28,29 @@ OURS = "LFM2-MoE is served by vllm_model.model.Lfm2MoeForCausalLM"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("serve") / "log"
-    with served(DEMO, [*OPTIONS, *TOOLS], log) as url:
+    with served(DEMO, [*OPTIONS, *TOOLS, *COMPACT], log) as url:
         assert OURS in log.read_text()
         yield url
 
 
+def on_the_wire(message: dict) -> dict:
+    """A message in the OpenAI form: calls have an id, and their arguments are JSON text."""
+    if message["role"] == "tool":
+        return {**message, "tool_call_id": "call"}
+    calls = [
+        {
+            "type": "function",
+            "id": "call",
+            "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"])},
+        }
+        for c in message.get("tool_calls") or []
+    ]
+    return {**message, "tool_calls": calls} if calls else message
+
+
 def body(question: Question, **fields) -> dict:
-    values = {"model": "model", "messages": question.messages, "temperature": 0}
+    messages = [on_the_wire(message) for message in question.messages]
+    values = {"model": "model", "messages": messages, "temperature": 0}
     if question.tools is not None:
         values["tools"] = question.tools
     return {**values, "max_completion_tokens": LONGEST_ANSWER, **fields}

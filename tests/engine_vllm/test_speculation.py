@@ -24,35 +24,32 @@ def engine_with(count: int, **options) -> dict:
     }
 
 
-def assert_drafts_were_used(metrics: dict[str, float]) -> None:
+def assert_drafts_were_used(metrics: dict[str, float], share: float = 0.0) -> None:
+    """Drafts were verified, and more than ``share`` of their tokens accepted, but not all."""
     drafted = metrics["vllm:spec_decode_num_draft_tokens"]
     accepted = metrics["vllm:spec_decode_num_accepted_tokens"]
-    assert 0 < accepted < drafted  # both ends of a verification happen
+    assert share * drafted <= accepted < drafted
+    assert drafted > 100
 
 
 @pytest.mark.parametrize(
-    ("model", "count"),
+    ("model", "count", "share"),
     [
-        ("alpha", 1),
-        ("alpha", 2),
-        ("alpha", 3),
-        ("alpha", 5),
-        ("alpha", 8),
-        ("beta", 4),
-        ("beta", 7),
+        *[("demo", count, 0.1) for count in (1, 2, 3, 5, 8)],  # copies much of its prompts
+        *[("alpha", 3, 0), ("beta", 4, 0), ("beta", 7, 0)],  # random: nearly all is rejected
     ],
 )
-def test_tokens_are_those_of_the_model(run, model, count):
+def test_tokens_are_those_of_the_model(run, model, count, share):
     asked = cases(model)
     step = {"prompts": [c.prompt for c in asked]}
     result = run(model, engine_with(count), [step])
     assert_same(result["steps"][0], asked)
-    assert_drafts_were_used(result["metrics"])
+    assert_drafts_were_used(result["metrics"], share)
 
 
 def test_with_chunked_prefill_and_few_blocks(run):
     """Drafts beside chunks of other prompts, and preemptions."""
-    asked = [c for c in cases("alpha") if len(c.prompt) <= 400]
+    asked = [c for c in cases("demo") if len(c.prompt) <= 400]
     options = {
         "max_num_batched_tokens": 96,
         "max_num_seqs": 32,
@@ -60,19 +57,18 @@ def test_with_chunked_prefill_and_few_blocks(run):
         "max_model_len": 512,
         "num_gpu_blocks_override": 60,
     }
-    result = run("alpha", engine_with(3, **options), [{"prompts": [c.prompt for c in asked]}])
+    result = run("demo", engine_with(3, **options), [{"prompts": [c.prompt for c in asked]}])
     assert_same(result["steps"][0], asked)
     assert_drafts_were_used(result["metrics"])
     assert result["metrics"]["vllm:num_preemptions"] > 0
 
 
 def test_compiled_bfloat16(run):
-    asked = cases("alpha-calm")
     engine = engine_with(3, dtype="bfloat16", enforce_eager=False)
-    step = {"prompts": [c.prompt for c in asked], "params": {"logprobs": 0}}
-    result = run("alpha-calm", engine, [step])
-    assert_bf16("alpha-calm", result["steps"][0])
-    assert_drafts_were_used(result["metrics"])
+    step = {"prompts": [c.prompt for c in cases("demo")], "params": {"logprobs": 0}}
+    result = run("demo", engine, [step])
+    assert_bf16("demo", result["steps"][0])
+    assert_drafts_were_used(result["metrics"], 0.1)
 
 
 def test_together_with_prefix_caching_is_refused_on_a_cpu(run):
