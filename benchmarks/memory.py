@@ -110,7 +110,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 TITLES = {"24b": "LFM2-24B-A2B", "8b": "LFM2-8B-A1B", "2.5-8b": "LFM2.5-8B-A1B"}
 
 
-def plan_all(side: str, cases: list[Case], timeout: float = 600.0) -> list[Plan]:
+def plan_all(side: str, cases: list[Case], timeout: float = 1800.0) -> list[Plan]:
     """Plan every case with one side's model class, in a fresh process.
 
     Raises:
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         return _work(options.worker)
     variants = list(VARIANTS.values())
     cases = [replace(Case(m, tokens=options.tokens), **v) for m in options.models for v in variants]
-    plans = {side: plan_all(side, cases, timeout=1800.0) for side in SIDES}
+    plans = {side: plan_all(side, cases) for side in SIDES}
     texts, records = [], []
     for index, model in enumerate(options.models):
         part = slice(index * len(variants), (index + 1) * len(variants))
