@@ -137,12 +137,29 @@ class CpuExpertsMethod(UnquantizedFusedMoEMethod):
 
 
 class CpuRoutedExperts(RoutedExperts):
-    """The expert weights of a layer on a CPU."""
+    """The expert weights of a layer on a CPU.
+
+    Raises:
+        ValueError: the checkpoint's experts are quantised in a way that vLLM has no kernel for on this CPU.
+    """
 
     def _get_quant_method(
         self, prefix: str, quant_config: QuantizationConfig | None, moe_config: FusedMoEConfig
     ) -> FusedMoEMethodBase:
-        method = super()._get_quant_method(prefix, quant_config, moe_config)
+        try:
+            method = super()._get_quant_method(prefix, quant_config, moe_config)
+        except (NotImplementedError, ValueError) as error:
+            raise _no_kernel(quant_config) from error
         if type(method) is UnquantizedFusedMoEMethod:
             return CpuExpertsMethod(moe_config)
+        if not torch.cpu._is_amx_tile_supported():
+            raise _no_kernel(quant_config)
         return method
+
+
+def _no_kernel(quant_config: QuantizationConfig | None) -> ValueError:
+    name = "in this way" if quant_config is None else f"by {quant_config.get_name()!r}"
+    return ValueError(
+        f"vLLM has no kernel for experts quantised {name} on this CPU (it has some for CPUs with AMX). Serve the "
+        "unquantised checkpoint, leave out --quantization, or use a GPU."
+    )
