@@ -1,8 +1,9 @@
 """What one engine step looks like to the short convolution, whatever the engine.
 
-An engine hands its model a flat batch of tokens in which many sequences lie end to end: some decode one token (or a few,
-when drafts are verified), some prefill a piece of a prompt. :class:`ConvBatch` is all that the convolution has to know of
-it; each engine package has one function that fills it (``engine_api.py``), and ``docs/contracts.md`` says from what.
+An engine hands its model a flat batch of tokens in which many sequences lie end to end: some decode one token (or a
+few, when drafts are verified), some prefill a piece of a prompt. :class:`ConvBatch` is all that the convolution has to
+know of it; each engine package has one function that fills it (``engine_api.py``), and ``docs/contracts.md`` says from
+what.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class ConvBatch:
         num_prefills: sequences that read a piece of their prompt.
         num_prefill_tokens: their tokens, which follow.
         max_decode_len: the longest decode query; 1 unless drafts are verified.
-        num_accepted: (num_decodes,) int or None. How many tokens of the previous decode query were kept (at least 1): the
-            history of the sequence starts at state column ``num_accepted - 1``. None means 1 everywhere.
+        num_accepted: (num_decodes,) int or None. How many tokens of the previous decode query were kept (at least 1):
+            the history of the sequence starts at state column ``num_accepted - 1``. None means 1 everywhere.
         checkpoint_offsets: (num_prefills,) int or None. After this many tokens of its query a prefill's state is also
             written to its checkpoint slot; 0 means no checkpoint for that sequence.
         checkpoint_slots: (num_prefills,) int or None, the slots for these copies.
