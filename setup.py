@@ -39,7 +39,7 @@ setup(
         "vllm": [f"vllm{VLLM}"],
         "sglang": ["sglang>=0.5.23,<0.6"],
         "test": ["pytest>=8", "peft>=0.17", "openai>=2", "transformers>=5", "build>=1.2"],
-        "bench": ["matplotlib>=3.8"],
+        "bench": ["matplotlib>=3.8", "psutil>=5"],
     },
     entry_points={
         "console_scripts": ["lfm2 = lfm2_plugin.cli:main"],
