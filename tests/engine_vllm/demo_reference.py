@@ -26,7 +26,7 @@ def answers(asked: list[Question]) -> list[str]:
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO, padding_side="left")
     prompts = [prompt_ids(tokenizer, q) for q in asked]
-    path = CACHE / "reference" / f"{fingerprint(DEMO, 'answers', prompts, LONGEST_ANSWER)}.json"
+    path = CACHE / "reference" / f"{fingerprint(DEMO, 'answers to eos', prompts, LONGEST_ANSWER)}.json"
     if path.exists():
         return json.loads(path.read_text())
     model = load(DEMO, torch.float32)
@@ -37,8 +37,9 @@ def answers(asked: list[Question]) -> list[str]:
         padded = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_tensors="pt")
         made = model.generate(**padded, max_new_tokens=LONGEST_ANSWER, do_sample=False)
         new = made[:, padded["input_ids"].shape[1] :]
-        for index, ids in zip(rows, new, strict=True):
-            texts[index] = tokenizer.decode(ids, skip_special_tokens=False)
+        for index, ids in zip(rows, new.tolist(), strict=True):
+            end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+            texts[index] = tokenizer.decode(ids[:end], skip_special_tokens=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(texts))
     return texts
