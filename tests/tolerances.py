@@ -45,7 +45,17 @@ BOUNDS: dict[tuple[str, torch.dtype], Bound] = {
     ("logits", torch.float32): Bound(
         1e-4, 1e-4, "numerics contract: float32 logits within 1e-4 of transformers"
     ),
+    ("engine_logprob", torch.float32): Bound(
+        0.0, 1e-3, "a chunk of another length is multiplied in other blocks; some 1e-5 a layer"
+    ),
+    ("engine_logprob", torch.bfloat16): Bound(
+        0.0, 0.25, "the same in bf16: logits of size ten, 8 bits, some roundings a layer"
+    ),
 }
+
+# The smallest lead of a float32 reference's best logit that counts as a decision: sums in another order move logits of
+# size one to ten by some 1e-5, so prompts with a closer step are replaced by others of their length.
+CLEAR_MARGIN = 1e-3
 
 # Error against float32 of a bf16 or fp16 run, as a multiple of the error of transformers in the same dtype.
 HALF_PRECISION_ERROR_RATIO = 2.0

@@ -9,12 +9,9 @@ import prompts
 import torch
 from checkpoints import checkpoint
 from hf_reference import Forced, Greedy, greedy, teacher_forced
-from tolerances import HALF_PRECISION_ERROR_RATIO
+from tolerances import CLEAR_MARGIN, HALF_PRECISION_ERROR_RATIO
 
 NEW_TOKENS = 16
-# Float32 sums in another order move our logits (of size one to ten) by some 1e-5; where the two best
-# are closer than this, either choice is right, so such prompts are replaced by others of their length.
-CLEAR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -38,14 +35,14 @@ def cases(name: str, count: int = prompts.COUNT) -> tuple[Case, ...]:
         asked[::2] = questions_as_prompts(len(asked[::2]))
     answers = greedy(folder, asked, NEW_TOKENS)
     rng = random.Random(1)
-    unclear = [i for i, a in enumerate(answers) if min(a.margins) < CLEAR]
+    unclear = [i for i, a in enumerate(answers) if min(a.margins) < CLEAR_MARGIN]
     while unclear:
         others = [prompts.fresh_tokens(rng, vocab, len(asked[i])) for i in unclear]
         for index, prompt, answer in zip(
             unclear, others, greedy(folder, others, NEW_TOKENS), strict=True
         ):
             asked[index], answers[index] = prompt, answer
-        unclear = [i for i in unclear if min(answers[i].margins) < CLEAR]
+        unclear = [i for i in unclear if min(answers[i].margins) < CLEAR_MARGIN]
     return tuple(Case(p, a) for p, a in zip(asked, answers, strict=True))
 
 

@@ -3,7 +3,8 @@
 import pytest
 from adapters import ATTENTION, CONV, EXPERTS, MLP, adapter
 from hf_reference import greedy
-from references import CLEAR, NEW_TOKENS, Case, assert_same, cases, wrong
+from references import NEW_TOKENS, Case, assert_same, cases, wrong
+from tolerances import CLEAR_MARGIN
 
 pytestmark = pytest.mark.engine
 
@@ -21,7 +22,9 @@ def adapted_cases(model: str, merged) -> list[Case]:
     """The shorter prompts and the merged model's answers, where these are clear in every step."""
     asked = [c.prompt for c in cases(model) if len(c.prompt) <= 300][:80]
     answers = greedy(merged, asked, NEW_TOKENS)
-    return [Case(p, a) for p, a in zip(asked, answers, strict=True) if min(a.margins) >= CLEAR]
+    return [
+        Case(p, a) for p, a in zip(asked, answers, strict=True) if min(a.margins) >= CLEAR_MARGIN
+    ]
 
 
 @pytest.mark.parametrize("model", ["alpha", "beta"])
