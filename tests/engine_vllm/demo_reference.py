@@ -26,7 +26,9 @@ def answers(asked: list[Question]) -> list[str]:
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO, padding_side="left")
     prompts = [prompt_ids(tokenizer, q) for q in asked]
-    path = CACHE / "reference" / f"{fingerprint(DEMO, 'answers to eos', prompts, LONGEST_ANSWER)}.json"
+    path = (
+        CACHE / "reference" / f"{fingerprint(DEMO, 'answers to eos', prompts, LONGEST_ANSWER)}.json"
+    )
     if path.exists():
         return json.loads(path.read_text())
     model = load(DEMO, torch.float32)
