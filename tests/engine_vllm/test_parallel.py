@@ -1,7 +1,4 @@
-"""Several processes: tensor, pipeline, expert and data parallel give the tokens of one process."""
-
-import json
-from concurrent.futures import ThreadPoolExecutor
+"""Several processes: tensor, pipeline and expert parallel give the tokens of one process."""
 
 import httpx
 import pytest
@@ -55,7 +52,7 @@ def test_pipeline_parallel(run, model, cache, partition):
     [
         ("staged", "3,3", True, "Leave out --enforce-eager"),
         ("alpha", "3,3", False, "would hold layers 3 to 5 and no attention layer"),
-        ("beta", "1,4", False, "would hold layers 0 to 0 and no conv layer"),
+        ("beta", "1,4", False, "would hold layers 0 to 0 and no short convolution layer"),
     ],
 )
 def test_pipelines_that_the_engine_can_not_run_are_refused(run, model, partition, eager, text):
@@ -70,27 +67,16 @@ def test_expert_parallel(run, model, dtype):
     ask(run, model, dtype, tensor_parallel_size=2, enable_expert_parallel=True)
 
 
-def test_data_parallel(tmp_path):
-    """Two replicas behind one HTTP server; every prompt is asked twice, so that both are used."""
-    asked = cases("alpha")[:60] * 2
+def test_data_parallel_is_beyond_the_engine_on_a_cpu(tmp_path):
+    """vLLM's CPU communicator lacks the gather that an MoE model's replicas need, whatever the model.
+
+    Once this fails, vLLM can do it: ask all prompts of both replicas then.
+    """
     options = ["--dtype", "float32", "--data-parallel-size", "2", "--skip-tokenizer-init"]
     options += ["--enforce-eager", "--max-model-len", "2304"]
-    with served(checkpoint("alpha"), options, tmp_path / "log") as url:
-
-        def complete(case) -> dict:
-            body = {"prompt": case.prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
-            body |= {"model": "model", "return_token_ids": True}
-            reply = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
-            assert reply.status_code == 200, reply.text
-            return {"tokens": reply.json()["choices"][0]["token_ids"]}
-
-        with ThreadPoolExecutor(32) as pool:
-            assert_same(list(pool.map(complete, asked)), asked)
-        metrics = httpx.get(f"{url}/metrics").text
-    finished = [
-        float(line.rsplit(" ", 1)[1])
-        for line in metrics.splitlines()
-        if line.startswith("vllm:generation_tokens_total{")
-    ]
-    assert len(finished) == 2, json.dumps(finished)
-    assert min(finished) > 0  # both replicas answered
+    log = tmp_path / "log"
+    with served(checkpoint("alpha"), options, log) as url:
+        body = {"model": "model", "prompt": cases("alpha")[0].prompt, "max_tokens": 2}
+        reply = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+    assert reply.status_code == 500
+    assert "all_gatherv" in log.read_text()
