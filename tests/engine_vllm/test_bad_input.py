@@ -136,9 +136,10 @@ def test_missing_shard(run, where):
     assert "model-00002-of-00002.safetensors" in text
 
 
-def test_unsupported_quantisation(run, where):
+@pytest.mark.parametrize("method", ["fp8", "experts_int8"])
+def test_unsupported_quantisation(run, method):
     """A method that vLLM knows and has no kernels for on a CPU without AMX."""
-    text = refused(run, "small", {"dtype": "bfloat16", "quantization": "fp8"})
+    text = refused(run, "small", {"dtype": "bfloat16", "quantization": method})
     assert "vLLM has no kernel for experts quantised by" in text
     assert "Serve the unquantised checkpoint" in text
 
