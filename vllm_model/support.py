@@ -9,6 +9,7 @@ from .engine_api import (
     VllmConfig,
     expert_ranks,
     missing_capabilities,
+    on_cpu,
     pipeline_needs_compilation,
     pipeline_stages,
     speculation_needs_triton,
@@ -45,6 +46,11 @@ def check_support(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
             f"tensor and data parallel sizes whose product divides {experts}, or leave out --enable-expert-parallel."
         )
     _check_stages(arch, vllm_config)
+    if on_cpu() and parallel.data_parallel_size > 1:
+        raise ValueError(
+            "On a CPU vLLM can't run a model with experts under --data-parallel-size: its communicator lacks "
+            "all_gatherv, and the first request fails. Start one server for each replica."
+        )
     if pipeline_needs_compilation(vllm_config):
         raise ValueError(
             "On a CPU vLLM can't run pipeline stages without compilation: its runner then has no buffer for what "
