@@ -12,6 +12,7 @@ from hf_reference import Forced, Greedy, greedy, teacher_forced
 from tolerances import CLEAR_MARGIN, HALF_PRECISION_ERROR_RATIO
 
 NEW_TOKENS = 16
+STEADY = 4  # steps; the mean of fewer is the luck of one rounding that changed an expert
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ def assert_bf16(name: str, outputs: list[dict], indices: list[int] | None = None
     average = sum(map(sum, ours)) / compared
     allowed = HALF_PRECISION_ERROR_RATIO * sum(map(sum, theirs)) / compared
     assert average <= allowed, f"mean logprob error {average:.4f}, allowed {allowed:.4f}"
-    worst = max(mean(e) for e in ours if e)
-    allowed = HALF_PRECISION_ERROR_RATIO * max(mean(e) for e in theirs if e)
+    worst = max(mean(e) for e in ours if len(e) >= STEADY)
+    allowed = HALF_PRECISION_ERROR_RATIO * max(mean(e) for e in theirs if len(e) >= STEADY)
     assert worst <= allowed, (
         f"a continuation's mean logprob error {worst:.4f}, allowed {allowed:.4f}"
     )
