@@ -20,10 +20,17 @@ from typing import Any
 
 ARCHITECTURE = "Lfm2MoeForCausalLM"
 VLLM_CLASS = "vllm_model.model:Lfm2MoeForCausalLM"
+SGLANG_CLASS = "sglang_model.model:Lfm2MoeForCausalLM"
+SGLANG_ENTRY = "sglang_model.entry"
+SGLANG_ENTRY_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
+CPU_PLATFORM_NAME = "lfm2_cpu"
+CPU_PLATFORM = "sglang_model.cpu_platform:PortableCpuPlatform"
 SWITCH = "LFM2_PLUGIN"
 
-# vLLM formats and shows the records below the logger "vllm" only.
+# vLLM formats and shows the records below the logger "vllm" only; SGLang those of the root.
 _log = logging.getLogger("vllm.plugins.lfm2")
+_sglang_log = logging.getLogger("sglang.plugins.lfm2")
+_sglang_failure: Exception | None = None
 
 
 class PluginError(RuntimeError):
@@ -65,6 +72,105 @@ def register_vllm() -> None:
     )
 
 
+def register_sglang() -> None:
+    """Put our model in the place of SGLang's for the LFM2-MoE architecture; safe to call again.
+
+    SGLang only logs what a plugin raises, and then serves its own model. So nothing is raised here: a failure is kept,
+    and the class that takes the built-in's place raises it as soon as a model of this architecture is built. Other
+    models are not touched by it.
+    """
+    global _sglang_failure
+    try:
+        if switched_off():
+            _sglang_log.info(
+                "%s=off: SGLang serves %s with its built-in model", SWITCH, ARCHITECTURE
+            )
+            return
+        _take_sglang_entry()
+        front = importlib.import_module("sglang_model")
+        version = importlib.import_module("sglang.version").__version__
+        warning = check_release(version, front.SUPPORTED, "SGLang")
+        if warning:
+            _sglang_log.warning("%s; run `lfm2 doctor` to check it", warning)
+        importlib.import_module("sglang_model.defaults").declare()
+    except Exception as error:
+        _sglang_failure = error
+        _sglang_log.exception("lfm2-plugin can't serve %s", ARCHITECTURE)
+        _take_sglang_entry()
+
+
+def _take_sglang_entry() -> None:
+    """Have SGLang's registry import our class, by its variable for that; from there on the class answers for failures.
+
+    The variable keeps the registry from importing its two hundred models in every process. Where the user has set it to a
+    package of their own, the registry is asked directly.
+    """
+    taken = os.environ.setdefault(SGLANG_ENTRY_VARIABLE, SGLANG_ENTRY)
+    if taken != SGLANG_ENTRY:
+        registry = importlib.import_module("sglang.srt.models.registry").ModelRegistry
+        registry.register(SGLANG_ENTRY, overwrite=True, strict=True)
+
+
+def sglang_failure() -> Exception | None:
+    """What went wrong in :func:`register_sglang`; None if nothing did."""
+    return _sglang_failure
+
+
+def stand_in(failure: Exception) -> type:
+    """A class under the architecture's name that raises ``failure`` when it is built, with what to do."""
+
+    def refuse(self: object, *args: object, **kwargs: object) -> None:
+        raise PluginError(
+            f"lfm2-plugin can't serve {ARCHITECTURE}: {type(failure).__name__}: {failure}. `lfm2 doctor` says more; "
+            f"{SWITCH}=off serves with the engine's built-in model."
+        ) from failure
+
+    return type(ARCHITECTURE, (), {"__init__": refuse, "__module__": __name__})
+
+
+def sglang_cpu_platform() -> str | None:
+    """SGLang's entry point for platforms: our CPU platform where nothing else can run, or where the user names it.
+
+    Returns:
+        ``module:class``, or None on a machine with an accelerator or with SGLang's own CPU kernels.
+    """
+    if os.environ.get("SGLANG_PLATFORM") == CPU_PLATFORM_NAME:
+        return CPU_PLATFORM
+    torch = importlib.import_module("torch")
+    accelerated = torch.accelerator.is_available() or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+    if accelerated or importlib.util.find_spec("sgl_kernel") is not None:
+        return None
+    return CPU_PLATFORM
+
+
+def resolve_sglang() -> dict[str, str | bool]:
+    """What SGLang would serve LFM2-MoE with, after loading its plugins the way it always does.
+
+    Imports the model class, so call it in a process of its own.
+
+    Returns:
+        ``engine`` (SGLang's version), ``module`` and ``file`` of the class, ``ours``, ``platform`` (the class name).
+    """
+    if importlib.util.find_spec("sglang") is None:
+        raise PluginError(
+            "SGLang is not installed in this Python: pip install 'lfm2-plugin[sglang]'"
+        )
+    importlib.import_module("sglang.srt.plugins").load_plugins()
+    platform = importlib.import_module("sglang.srt.platforms").current_platform
+    registry = importlib.import_module("sglang.srt.models.registry").ModelRegistry
+    found, _ = registry.resolve_model_cls([ARCHITECTURE])
+    if found.__module__ == __name__:
+        found()  # the stand-in: raises what went wrong
+    module = importlib.import_module(found.__module__)
+    return {
+        "engine": importlib.import_module("sglang.version").__version__,
+        "module": found.__module__,
+        "file": str(module.__file__),
+        "ours": f"{found.__module__}:{found.__name__}" == SGLANG_CLASS,
+        "platform": type(platform).__name__,
+    }
+
+
 def resolve_vllm() -> dict[str, str | bool]:
     """What vLLM would serve LFM2-MoE with, after loading its plugins the way it always does.
 
@@ -85,12 +191,13 @@ def resolve_vllm() -> dict[str, str | bool]:
     }
 
 
-def check_release(version: str, supported: tuple[str, str]) -> str | None:
+def check_release(version: str, supported: tuple[str, str], engine: str = "vLLM") -> str | None:
     """Compare an engine's version with the tested range.
 
     Args:
         version: the engine's own ``__version__``, such as ``0.32.0`` or ``0.33.1.dev7+gabc``.
         supported: the lowest and the highest release that the test suite ran on.
+        engine: the engine's name, for the text.
 
     Returns:
         None inside the range, else one sentence of warning (newer, or not a release number).
@@ -101,14 +208,16 @@ def check_release(version: str, supported: tuple[str, str]) -> str | None:
     lowest, highest = supported
     release = _release(version)
     if release is None:
-        return f"vLLM {version!r} has no release number; lfm2-plugin was tested on {lowest} to {highest}"
+        return f"{engine} {version!r} has no release number; lfm2-plugin was tested on {lowest} to {highest}"
     if release < (_release(lowest) or ()):
         raise PluginError(
-            f"vLLM {version} is too old for lfm2-plugin, which needs {lowest} or newer: "
-            f"upgrade vLLM, or set {SWITCH}=off to serve with vLLM's built-in model"
+            f"{engine} {version} is too old for lfm2-plugin, which needs {lowest} or newer: "
+            f"upgrade {engine}, or set {SWITCH}=off to serve with {engine}'s built-in model"
         )
     if release[:2] > (_release(highest) or ())[:2]:
-        return f"vLLM {version} is newer than {highest}, the newest that lfm2-plugin was tested on"
+        return (
+            f"{engine} {version} is newer than {highest}, the newest that lfm2-plugin was tested on"
+        )
     return None
 
 

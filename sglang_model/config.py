@@ -1,0 +1,72 @@
+"""What SGLang asks the config of a model with conv states for: which layers have them, of what shape and dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lfm2_plugin.arch import Lfm2MoeArch
+
+from .engine_api import (
+    ConvCacheParams,
+    HuggingFaceConfig,
+    conv_cache_params,
+    conv_state_dtype_of_user,
+)
+
+SNAPSHOT_GRID = 2
+"""Tokens between two places of a prompt where a state can be kept for the prefix cache.
+
+Our operator can leave a state after any token, but SGLang marks a place inside a piece of prompt by adding one to it and
+rounding down to the grid, so two is the finest that it can name.
+"""
+
+
+class Lfm2MoeConfig(HuggingFaceConfig):
+    """The Hugging Face config with the properties that SGLang's hybrid cache reads.
+
+    Not a subclass of SGLang's own: that one is tied to SGLang's state backend by an isinstance check, which comes before
+    the registry that names ours.
+    """
+
+    _state_dtype: torch.dtype | None = None
+
+    @property
+    def arch(self) -> Lfm2MoeArch:
+        """The checked model shape. Raises UnsupportedConfig."""
+        return Lfm2MoeArch.from_config(self)
+
+    @property
+    def full_attention_layer_ids(self) -> list[int]:
+        return list(self.arch.attention_layers)
+
+    @property
+    def linear_layer_ids(self) -> list[int]:
+        """The layers with a conv state."""
+        return list(self.arch.conv_layers)
+
+    @property
+    def mamba_chunk_size(self) -> int:
+        return SNAPSHOT_GRID
+
+    def use_state_dtype(self, model_dtype: torch.dtype) -> None:
+        """Keep conv states in the model's dtype (the model says so as it is built, before the cache is)."""
+        self._state_dtype = model_dtype
+
+    @property
+    def mamba2_cache_params(self) -> ConvCacheParams:
+        """Shape (D per rank, K-1) and dtype of one state, and the layers that have one.
+
+        The dtype is that of ``SGLANG_MAMBA_CONV_DTYPE`` if the user set it, else the model's. (SGLang's own default is
+        bfloat16 whatever the model is: a float32 model then gives other tokens.)
+        """
+        arch = self.arch
+        dtype = conv_state_dtype_of_user() or self._state_dtype or torch.bfloat16
+        return conv_cache_params(arch.hidden_size, arch.conv_width, arch.conv_layers, dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; the state's dtype is no entry of a config."""
+        values = super().to_dict()
+        values.pop("_state_dtype", None)
+        return values

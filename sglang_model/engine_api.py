@@ -1,0 +1,328 @@
+"""The one file that imports SGLang: its names under ours, probes of what it can do, and the translation of its metadata.
+
+To bring the plugin to a new SGLang, start here (``docs/porting.md``). ``SUPPORTED`` is the tested range; a probe asks for
+a capability, never for a version, and says which version needs it.
+
+A name is looked up in SGLang when it is first asked for. SGLang reads its platform, ours among them, while the modules
+that most of the names come from are being imported, and several of its processes (launcher, detokenizer) need few of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lfm2_plugin.conv_batch import ConvBatch
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
+    from sglang.srt.layers.moe.topk import TopK
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from transformers import Lfm2MoeConfig as HuggingFaceConfig
+
+NAMES = {
+    "ConvCacheParams": "sglang.srt.configs.mamba_utils:Mamba2CacheParams",
+    "ForwardBatch": "sglang.srt.model_executor.forward_batch_info:ForwardBatch",
+    "FusedMoE": "sglang.srt.layers.moe.fused_moe_triton:FusedMoE",
+    "HuggingFaceConfig": "transformers:Lfm2MoeConfig",
+    "LogitsProcessor": "sglang.srt.layers.logits_processor:LogitsProcessor",
+    "MergedColumnParallelLinear": "sglang.srt.layers.linear:MergedColumnParallelLinear",
+    "PPMissingLayer": "sglang.srt.layers.utils:PPMissingLayer",
+    "PPProxyTensors": "sglang.srt.model_executor.forward_batch_info:PPProxyTensors",
+    "ParallelLMHead": "sglang.srt.layers.vocab_parallel_embedding:ParallelLMHead",
+    "PlatformEnum": "sglang.srt.platforms.device_mixin:PlatformEnum",
+    "QKVParallelLinear": "sglang.srt.layers.linear:QKVParallelLinear",
+    "QuantizationConfig": "sglang.srt.layers.quantization.base_config:QuantizationConfig",
+    "RMSNorm": "sglang.srt.layers.layernorm:RMSNorm",
+    "RadixAttention": "sglang.srt.layers.radix_attention:RadixAttention",
+    "ReplicatedLinear": "sglang.srt.layers.linear:ReplicatedLinear",
+    "RowParallelLinear": "sglang.srt.layers.linear:RowParallelLinear",
+    "SRTPlatform": "sglang.srt.platforms.interface:SRTPlatform",
+    "ShortConvAttnBackend": (
+        "sglang.srt.layers.attention.linear.short_conv_backend:ShortConvAttnBackend"
+    ),
+    "SiluAndMul": "sglang.srt.layers.activation:SiluAndMul",
+    "StandardCombineInput": "sglang.srt.layers.moe.token_dispatcher:StandardCombineInput",
+    "StandardDispatchOutput": "sglang.srt.layers.moe.token_dispatcher:StandardDispatchOutput",
+    "TopK": "sglang.srt.layers.moe.topk:TopK",
+    "TopKOutputFormat": "sglang.srt.layers.moe.topk:TopKOutputFormat",
+    "TorchNativeAttnBackend": (
+        "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend"
+    ),
+    "VocabParallelEmbedding": ("sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding"),
+    "add_prefix": "sglang.srt.utils:add_prefix",
+    "default_weight_loader": "sglang.srt.model_loader.weight_utils:default_weight_loader",
+    "get_attn_backend": "sglang.srt.model_executor.forward_context:get_attn_backend",
+    "get_parallel": "sglang.srt.runtime_context:get_parallel",
+    "make_layers": "sglang.srt.utils:make_layers",
+    "register_model_override": "sglang.srt.arg_groups.overrides:register_model_override",
+    "resolving_view": "sglang.srt.arg_groups.overrides:resolving_view",
+    "sglang_version": "sglang.version:__version__",
+}
+"""Every name of SGLang that this package uses, and where it is there: ``module:name``."""
+
+SHORT_CONV_HYBRID = (
+    "sglang.srt.layers.attention.hybrid_linear_attn_backend.ShortConvHybridAttnBackend"
+)
+"""The pair of an attention backend and a conv state backend, by the name that SGLang looks it up with."""
+
+
+def __getattr__(name: str) -> Any:
+    """The name of SGLang behind ours, kept from then on."""
+    if name not in NAMES:
+        raise AttributeError(f"sglang_model.engine_api has no {name!r}")
+    module, _, attribute = NAMES[name].partition(":")
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def register_hybrid_model(config_class: type, architecture: str, state_backend: str) -> None:
+    """Tell SGLang of a model with conv states: its config class and the backend that keeps the states.
+
+    Args:
+        config_class: replaces the one that SGLang reads a config.json of this model type with.
+        architecture: the name in ``architectures`` of the config.
+        state_backend: ``module.Class`` of the backend.
+    """
+    import sglang.srt.configs.lfm2_moe  # noqa: F401  (SGLang's own registers itself first, ours after it)
+    from sglang.srt.configs.linear_attn_model_registry import (
+        LinearAttnModelSpec,
+        register_linear_attn_model,
+    )
+    from transformers import AutoConfig
+
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    register_linear_attn_model(
+        LinearAttnModelSpec(
+            config_class=config_class,
+            backend_class_name=state_backend,
+            arch_names=[architecture],
+            uses_mamba_radix_cache=True,
+            support_mamba_cache=True,
+            support_mamba_cache_extra_buffer=True,
+            hybrid_backend_class_name=SHORT_CONV_HYBRID,
+        )
+    )
+
+
+def conv_state_dtype_of_user() -> torch.dtype | None:
+    """The dtype that the user asked for with ``SGLANG_MAMBA_CONV_DTYPE``; None if unset."""
+    from sglang.srt.configs.mamba_utils import mamba2_state_dtype
+
+    return mamba2_state_dtype().conv if "SGLANG_MAMBA_CONV_DTYPE" in os.environ else None
+
+
+def conv_cache_params(
+    channels: int, width: int, layers: tuple[int, ...], dtype: torch.dtype
+) -> Any:
+    """SGLang's description of the states: (channels per rank, width - 1) for each of ``layers``, nothing else."""
+    from sglang.srt.configs.mamba_utils import (
+        Mamba2CacheParams,
+        Mamba2StateDType,
+        Mamba2StateShape,
+    )
+    from sglang.srt.runtime_context import get_parallel
+
+    try:
+        ranks = get_parallel().attn_tp_size
+    except (AssertionError, RuntimeError):  # asked before the process groups exist
+        ranks = 1
+    shape = Mamba2StateShape.create(
+        tp_world_size=ranks,
+        intermediate_size=channels,
+        n_groups=1,
+        num_heads=ranks,  # the recurrent state beside the convolution's, which has no elements
+        head_dim=channels,
+        state_size=0,
+        conv_kernel=width,
+    )
+    return Mamba2CacheParams(
+        shape=shape,
+        layers=list(layers),
+        dtype=Mamba2StateDType(conv=dtype, temporal=torch.float32),
+    )
+
+
+def rotary_embedding(head_dim: int, max_position: int, rope: dict[str, Any]) -> torch.nn.Module:
+    """SGLang's rotary embedding for the nested rope settings of :class:`lfm2_plugin.arch.Lfm2MoeArch`."""
+    from sglang.srt.layers.rotary_embedding import get_rope
+
+    return get_rope(
+        head_size=head_dim,
+        rotary_dim=head_dim,
+        max_position=max_position,
+        base=rope["rope_theta"],
+        is_neox_style=True,
+        rope_scaling=None if rope["rope_type"] == "default" else rope,
+        dtype=torch.get_default_dtype(),
+    )
+
+
+def bind_experts_to_routing(topk: TopK, experts: FusedMoE) -> None:
+    """Let the routing know which expert kernels will read it.
+
+    Needed from 0.5.23 on, where a routing that was never bound raises at its first call; absent before.
+
+    Raises:
+        ValueError: the kernels route by themselves.
+    """
+    bind = getattr(topk, "bind_runner_backend", None)
+    if bind is None:
+        return
+    backend = experts.runner_backend
+    if backend is not None and backend.is_triton_kernels():
+        raise ValueError(
+            "--moe-runner-backend triton_kernel chooses experts by a softmax and without LFM2-MoE's selection bias: it "
+            "would give other tokens. Leave the option out, or choose triton."
+        )
+    bind(backend)
+
+
+def checkpoint_folder(config: HuggingFaceConfig) -> Path | None:
+    """The local folder that the weights of ``config`` will be read from as safetensors; None if there is none."""
+    from sglang.srt.runtime_context import get_model, get_server_args
+
+    if get_model().load_format not in ("auto", "safetensors"):
+        return None
+    folder = Path(getattr(config, "_name_or_path", "") or get_server_args().model_path)
+    return folder if any(folder.glob("*.safetensors")) else None
+
+
+def weights_are_dummy() -> bool:
+    """Whether the weights are random and no checkpoint will be read."""
+    from sglang.srt.runtime_context import get_model
+
+    return get_model().load_format == "dummy"
+
+
+def add_attention_choice(name: str) -> None:
+    """Let ``--attention-backend`` take ``name``; safe to call again."""
+    from sglang.srt.arg_groups.choices import (
+        ATTENTION_BACKEND_CHOICES,
+        add_attention_backend_choices,
+    )
+
+    if name not in ATTENTION_BACKEND_CHOICES:
+        add_attention_backend_choices([name])
+
+
+def register_cpu_attention(name: str) -> None:
+    """Let SGLang build the attention backend ``name`` from ``cpu_attention.py``; safe to call again."""
+    from sglang.srt.layers.attention.attention_registry import (
+        ATTENTION_BACKENDS,
+        register_attention_backend,
+    )
+
+    if name not in ATTENTION_BACKENDS:
+
+        @register_attention_backend(name)
+        def create(runner: Any) -> Any:
+            from .cpu_attention import CpuAttentionBackend
+
+            return CpuAttentionBackend(runner)
+
+
+def register_cpu_experts(platform_key: str) -> None:
+    """Run unquantised experts through ``cpu_experts.py`` on the platform of that key."""
+    from sglang.kernels.fused_op import BaseFusedOp
+    from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
+
+    from .cpu_experts import experts_forward
+
+    BaseFusedOp.register_oot_forward(UnquantizedFusedMoEMethod, experts_forward, platform_key)
+
+
+def uses_plain_attention(layer: RadixAttention) -> bool:
+    """Whether the layer is causal attention over all earlier tokens, keys and values of one width."""
+    from sglang.srt.layers.radix_attention import AttentionType
+
+    return (
+        layer.attn_type == AttentionType.DECODER
+        and not layer.is_cross_attention
+        and layer.sliding_window_size <= -1
+        and not layer.logit_cap
+        and layer.qk_head_dim == layer.v_head_dim
+    )
+
+
+def write_kv(
+    pool: Any, layer: RadixAttention, places: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> None:
+    """Write keys and values (T, G * P) of a step to ``places`` (T,) of the cache."""
+    from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+    pool.set_kv_buffer(layer, KVWriteLoc(places, None), k, v)
+
+
+def conv_batch_from(
+    slots: torch.Tensor,
+    query_start: torch.Tensor,
+    forward_batch: ForwardBatch,
+) -> ConvBatch:
+    """SGLang's metadata of a step as a :class:`ConvBatch`; ``docs/contracts.md`` has the table.
+
+    A step of SGLang either decodes for every sequence, or extends every sequence; a decode that is mixed into an
+    extending step is an extension by one token.
+
+    Args:
+        slots: (S,) the state slot of each sequence; -1 marks padding of a captured graph.
+        query_start: (S + 1,) where each sequence's tokens start.
+        forward_batch: the step.
+    """
+    mode = forward_batch.forward_mode
+    sequences = slots.shape[0]
+    if mode.is_decode():
+        return ConvBatch(
+            slots=slots,
+            query_start=query_start,
+            has_initial_state=torch.ones(sequences, dtype=torch.bool, device=slots.device),
+            num_decodes=sequences,
+            num_decode_tokens=sequences,
+            num_prefills=0,
+            num_prefill_tokens=0,
+        )
+    offsets = checkpoints = None
+    aligned = forward_batch.mamba_track_aligned_lens()
+    if aligned is not None and forward_batch.mamba_track_indices is not None:
+        offsets = aligned.masked_fill(~forward_batch.mamba_track_mask, 0)
+        checkpoints = forward_batch.mamba_track_indices
+    return ConvBatch(
+        slots=slots,
+        query_start=query_start,
+        has_initial_state=forward_batch.extend_prefix_lens > 0,
+        num_decodes=0,
+        num_decode_tokens=0,
+        num_prefills=sequences,
+        num_prefill_tokens=_extended_tokens(query_start, forward_batch),
+        checkpoint_offsets=offsets,
+        checkpoint_slots=checkpoints,
+    )
+
+
+def _extended_tokens(query_start: torch.Tensor, forward_batch: ForwardBatch) -> int:
+    lengths = forward_batch.extend_seq_lens_cpu
+    return sum(lengths) if lengths is not None else int(query_start[-1])
+
+
+def missing_capabilities() -> list[str]:
+    """What this SGLang lacks of what the package builds on, in words; empty where all is there."""
+    from sglang.srt.configs.linear_attn_model_registry import LinearAttnModelSpec
+    from sglang.srt.layers.moe.topk import TopK
+
+    spec = inspect.signature(LinearAttnModelSpec).parameters
+    topk = inspect.signature(TopK).parameters
+    needs = {
+        "snapshots of conv states beside the overlap scheduler": (
+            "support_mamba_cache_extra_buffer" in spec
+        ),
+        "a hybrid attention backend of the model's own": "hybrid_backend_class_name" in spec,
+        "a routing function of the model's own for experts": "custom_routing_function" in topk,
+    }
+    return [need for need, met in needs.items() if not met]

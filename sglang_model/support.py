@@ -1,0 +1,42 @@
+"""Which combinations of options can't be served right, found out before anything is allocated."""
+
+from __future__ import annotations
+
+from lfm2_plugin.arch import Lfm2MoeArch
+
+from . import SUPPORTED
+from .engine_api import get_parallel, missing_capabilities, sglang_version
+
+
+def check_support(arch: Lfm2MoeArch) -> None:
+    """Refuse what would fail later or give other tokens.
+
+    Raises:
+        ValueError: what is wrong and what to do.
+    """
+    if missing := missing_capabilities():
+        raise ValueError(
+            f"SGLang {sglang_version} lacks {', '.join(missing)}, which lfm2-plugin builds on. Install a release from "
+            f"{SUPPORTED[0]} to {SUPPORTED[1]} or a newer lfm2-plugin, or set LFM2_PLUGIN=off for SGLang's own model."
+        )
+    parallel = get_parallel()
+    ranks = parallel.tp_size
+    if arch.num_heads % ranks or arch.hidden_size % ranks:
+        raise ValueError(
+            f"{arch.num_heads} heads and {arch.hidden_size} channels can't be divided over --tp-size {ranks}; choose a "
+            "divisor of both."
+        )
+    if arch.num_kv_heads % ranks and ranks % arch.num_kv_heads:
+        raise ValueError(
+            f"{arch.num_kv_heads} kv heads fit no --tp-size {ranks}; choose a divisor or a multiple."
+        )
+    if arch.num_experts % parallel.moe_ep_size:
+        raise ValueError(
+            f"{arch.num_experts} experts can't be divided evenly over --ep-size {parallel.moe_ep_size}; choose a "
+            "divisor."
+        )
+    if parallel.attn_tp_size != ranks:
+        raise ValueError(
+            "LFM2-MoE's short convolutions can't be served with --enable-dp-attention. Leave it out; "
+            "--dp-size alone runs whole replicas."
+        )
