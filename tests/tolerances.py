@@ -35,6 +35,11 @@ BOUNDS: dict[tuple[str, torch.dtype], Bound] = {
     ("router", torch.float32): Bound(1e-6, 1e-7, "a sum of A terms and one division"),
     ("router", torch.bfloat16): Bound(2**-7, 0.0, "one rounding may fall on either side"),
     ("router", torch.float16): Bound(2**-10, 0.0, "one rounding may fall on either side"),
+    ("linear", torch.float32): Bound(
+        1e-5, 1e-5, f"K terms of size one over the root of K; {_SUM_ORDER}"
+    ),
+    ("linear", torch.bfloat16): Bound(2**-7, 1e-5, "one rounding may fall on either side"),
+    ("linear", torch.float16): Bound(2**-10, 1e-5, "one rounding may fall on either side"),
     ("moe", torch.float32): Bound(1e-5, 1e-5, f"D and F terms of size one; {_SUM_ORDER}"),
     ("moe", torch.bfloat16): Bound(
         2**-6, 2**-6, "A expert outputs of size one, each rounded by its matmul, in another order"

@@ -5,6 +5,7 @@ import torch
 from tiny import make_model
 from tolerances import HALF_PRECISION_ERROR_RATIO, assert_within
 
+from lfm2_plugin.ops.linear import PackedWeight, can_pack
 from lfm2_plugin.ops.moe import moe, moe_naive, moe_native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,7 +38,13 @@ def make_inputs(T: int, D: int, F: int, E: int, A: int, dtype: torch.dtype) -> t
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_native_equals_naive(shape: tuple, dtype: torch.dtype) -> None:
     inputs = make_inputs(*shape, dtype)
-    assert_within("moe", moe_native(*inputs), moe_naive(*inputs))
+    expected = moe_naive(*inputs)
+    assert_within("moe", moe_native(*inputs), expected)
+    x, w13, w2, weights, ids = inputs
+    if can_pack(w13):
+        packed = [[PackedWeight.of(expert) for expert in stack] for stack in (w13, w2)]
+        assert_within("moe", moe(x, *packed, weights, ids), expected)
+        assert_within("moe", moe_naive(x, *packed, weights, ids), expected)
 
 
 @pytest.mark.parametrize("run", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)

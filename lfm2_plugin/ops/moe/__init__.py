@@ -6,9 +6,12 @@ Hugging Face model does; the weighted sum is taken in float32 and rounded once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lfm2_plugin.dispatch import implementation
+from lfm2_plugin.ops.linear import Weight
 from lfm2_plugin.ops.moe.naive import moe_naive
 from lfm2_plugin.ops.moe.native import moe_native
 
@@ -19,8 +22,8 @@ __all__ = ["moe", "moe_naive", "moe_native"]
 
 def moe(
     x: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: torch.Tensor | Sequence[Weight],
+    w2: torch.Tensor | Sequence[Weight],
     weights: torch.Tensor,
     ids: torch.Tensor,
 ) -> torch.Tensor:
@@ -28,8 +31,8 @@ def moe(
 
     Args:
         x: (T, D), any float dtype.
-        w13: (E, 2 * F, D) like x, rows of w1 then of w3.
-        w2: (E, D, F) like x.
+        w13: (E, 2 * F, D) like x, rows of w1 then of w3; or E weights (2 * F, D), plain or packed.
+        w2: (E, D, F) like x; or E weights (D, F).
         weights: (T, A) float32, from the router.
         ids: (T, A) int, experts in 0 .. E-1; -1 for none.
 
@@ -39,19 +42,29 @@ def moe(
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
-    if x.dim() != 2 or w13.dim() != 3 or w2.dim() != 3:
+    shape13, shape2 = _shape(w13), _shape(w2)
+    if x.dim() != 2 or len(shape13) != 3 or len(shape2) != 3:
         raise ValueError("moe takes x (T, D), w13 (E, 2F, D) and w2 (E, D, F)")
-    E, D, F = w2.shape
-    if w13.shape != (E, 2 * F, D) or x.shape[1] != D:
+    E, D, F = shape2
+    if shape13 != (E, 2 * F, D) or x.shape[1] != D:
         raise ValueError(
-            f"w2 {tuple(w2.shape)} needs w13 ({E}, {2 * F}, {D}) and x (T, {D}), "
-            f"got {tuple(w13.shape)} and {tuple(x.shape)}"
+            f"w2 {shape2} needs w13 ({E}, {2 * F}, {D}) and x (T, {D}), "
+            f"got {shape13} and {tuple(x.shape)}"
         )
     if weights.shape != ids.shape or ids.dim() != 2 or ids.shape[0] != x.shape[0]:
         raise ValueError(
             f"weights and ids must both be ({x.shape[0]}, A), "
             f"got {tuple(weights.shape)} and {tuple(ids.shape)}"
         )
-    if not x.dtype == w13.dtype == w2.dtype:
-        raise ValueError(f"x is {x.dtype}, w13 {w13.dtype}, w2 {w2.dtype}; they must be alike")
+    if not x.dtype == w13[0].dtype == w2[0].dtype:
+        raise ValueError(
+            f"x is {x.dtype}, w13 {w13[0].dtype}, w2 {w2[0].dtype}; they must be alike"
+        )
     return _IMPLEMENTATIONS[implementation(x.device.type)](x, w13, w2, weights, ids)
+
+
+def _shape(weights: torch.Tensor | Sequence[Weight]) -> tuple[int, ...]:
+    """(E, rows, columns) of the stacked weights, whatever form they have."""
+    if isinstance(weights, torch.Tensor):
+        return tuple(weights.shape)
+    return (len(weights), *weights[0].shape)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
+
+from lfm2_plugin.ops.linear import PackedWeight, Weight
 
 
 def moe_naive(
     x: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: torch.Tensor | Sequence[Weight],
+    w2: torch.Tensor | Sequence[Weight],
     weights: torch.Tensor,
     ids: torch.Tensor,
 ) -> torch.Tensor:
@@ -19,6 +23,10 @@ def moe_naive(
         for weight, expert in zip(weights[t].tolist(), ids[t].tolist(), strict=True):
             if expert < 0:
                 continue
-            gate, up = F.linear(x[t], w13[expert]).chunk(2)
-            out[t] += weight * F.linear(F.silu(gate) * up, w2[expert]).float()
+            gate, up = F.linear(x[t], _plain(w13[expert])).chunk(2)
+            out[t] += weight * F.linear(F.silu(gate) * up, _plain(w2[expert])).float()
     return out.to(x.dtype)
+
+
+def _plain(weight: Weight) -> torch.Tensor:
+    return weight.unpack() if isinstance(weight, PackedWeight) else weight
