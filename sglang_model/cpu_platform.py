@@ -21,6 +21,7 @@ from .engine_api import (
     add_attention_choice,
     register_cpu_attention,
     register_cpu_experts,
+    said_by_user,
 )
 
 ATTENTION_BACKEND = DISPATCH_KEY = "lfm2_cpu"
@@ -49,7 +50,8 @@ class PortableCpuPlatform(SRTPlatform):
         """What a user would have to say on a CPU; everything said otherwise stays."""
         add_attention_choice(ATTENTION_BACKEND)
         server_args.device = "cpu"
-        if server_args.attention_backend is None:
+        # By now SGLang has chosen the backend of its own CPU kernels, which would fall back to plain torch.
+        if said_by_user(server_args, "attention_backend") is None:
             server_args.attention_backend = ATTENTION_BACKEND
         if server_args.max_running_requests is None:
             server_args.max_running_requests = MAX_RUNNING_REQUESTS

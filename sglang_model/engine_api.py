@@ -213,6 +213,11 @@ def add_attention_choice(name: str) -> None:
         add_attention_backend_choices([name])
 
 
+def said_by_user(server_args: Any, option: str) -> Any:
+    """What the user set ``option`` to, None if nothing, whatever SGLang has filled in since."""
+    return (getattr(server_args, "_raw_input", None) or {}).get(option)
+
+
 def register_cpu_attention(name: str) -> None:
     """Let SGLang build the attention backend ``name`` from ``cpu_attention.py``; safe to call again."""
     from sglang.srt.layers.attention.attention_registry import (
