@@ -8,14 +8,14 @@ are put right behind the seam that vLLM has for it (``routed_experts_cls``). Eve
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+from lfm2_plugin.ops.moe import ExpertAdapter, Factors, moe
 
 from .engine_api import (
     CPUUnquantizedExperts,
     FusedMoEConfig,
     FusedMoEMethodBase,
     LoRAExpertsMixin,
-    MoELoRAContext,
     QuantizationConfig,
     RoutedExperts,
     UnquantizedFusedMoEMethod,
@@ -39,7 +39,7 @@ def on_this_rank(
 
 
 class AdaptedCpuExperts(LoRAExpertsMixin, CPUUnquantizedExperts):
-    """Experts with LoRA adapters in plain torch: a loop over the experts that have tokens, adapters inside."""
+    """Experts with LoRA adapters, by the operator of ``lfm2_plugin.ops.moe``."""
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """The weights stay as they are: packed for the engine's kernel they could not be multiplied here."""
@@ -59,25 +59,10 @@ class AdaptedCpuExperts(LoRAExpertsMixin, CPUUnquantizedExperts):
         """vLLM's interface of an experts kernel: hidden_states (T, D) -> output (T, D), written in place."""
         weights, ids = on_this_rank(topk_weights, topk_ids, expert_map, w1.shape[0])
         adapters = self._adapters(hidden_states.shape[0])
-        total = torch.zeros(output.shape, dtype=torch.float32)
-        for expert in ids.unique().tolist():
-            tokens, place = (ids == expert).nonzero(as_tuple=True)
-            x = hidden_states[tokens]
-            gate_up = F.linear(x, w1[expert])
-            for slot, rows in adapters:
-                chosen = rows[tokens].nonzero().squeeze(1)
-                gate_up[chosen] += self._w13_delta(x[chosen], slot, expert)
-            gate, up = gate_up.chunk(2, dim=-1)
-            hidden = F.silu(gate) * up
-            out = F.linear(hidden, w2[expert])
-            for slot, rows in adapters:
-                chosen = rows[tokens].nonzero().squeeze(1)
-                out[chosen] += self._w2_delta(hidden[chosen], slot, expert)
-            total.index_add_(0, tokens, out.float() * weights[tokens, place].float().unsqueeze(1))
-        output.copy_(total)
+        output.copy_(moe(hidden_states, w1, w2, weights.float(), ids, adapters))
 
-    def _adapters(self, num_tokens: int) -> list[tuple[int, torch.Tensor]]:
-        """The adapters of this step: their slot and which tokens (T,) bool use them."""
+    def _adapters(self, num_tokens: int) -> list[ExpertAdapter]:
+        """The adapters that tokens of this step use, their factors as views of vLLM's buffers."""
         context = self._lora_context
         if context is None:
             return []
@@ -86,30 +71,21 @@ class AdaptedCpuExperts(LoRAExpertsMixin, CPUUnquantizedExperts):
             slots = context.punica_wrapper.token_lora_indices
         slots = slots[:num_tokens]
         return [
-            (slot, slots == slot)
+            ExpertAdapter(
+                tokens=slots == slot,
+                w13=_factors(context.w13_lora_a_stacked, context.w13_lora_b_stacked, slot),
+                w2=_factors(context.w2_lora_a_stacked, context.w2_lora_b_stacked, slot),
+            )
             for slot in slots.unique().tolist()
             if slot >= 0 and context.adapter_enabled[slot]
         ]
 
-    def _context(self) -> MoELoRAContext:
-        assert self._lora_context is not None  # there is an adapter, so vLLM has set it
-        return self._lora_context
 
-    def _w13_delta(self, x: torch.Tensor, slot: int, expert: int) -> torch.Tensor:
-        """(n, D) -> (n, 2F). The adapter has one pair of factors for gate and up each, or one for both."""
-        context = self._context()
-        shared = 0 if context.enable_moe_shared_loras else expert
-        pairs = zip(context.w13_lora_a_stacked, context.w13_lora_b_stacked, strict=True)
-        return torch.cat(
-            [F.linear(F.linear(x, a[slot, shared]), b[slot, expert]) for a, b in pairs], dim=-1
-        )
-
-    def _w2_delta(self, hidden: torch.Tensor, slot: int, expert: int) -> torch.Tensor:
-        """(n, F) -> (n, D)."""
-        context = self._context()
-        shared = 0 if context.enable_moe_shared_loras else expert
-        (a,), (b,) = context.w2_lora_a_stacked, context.w2_lora_b_stacked
-        return F.linear(F.linear(hidden, a[slot, expert]), b[slot, shared])
+def _factors(
+    a_stacked: tuple[torch.Tensor, ...], b_stacked: tuple[torch.Tensor, ...], slot: int
+) -> list[Factors]:
+    """One adapter's pairs out of vLLM's (slots, E, r, columns) and (slots, E, rows, r) buffers."""
+    return [(a[slot], b[slot]) for a, b in zip(a_stacked, b_stacked, strict=True)]
 
 
 class CpuExpertsMethod(UnquantizedFusedMoEMethod):

@@ -6,7 +6,7 @@ from tiny import make_model
 from tolerances import HALF_PRECISION_ERROR_RATIO, assert_within
 
 from lfm2_plugin.ops.linear import PackedWeight, can_pack
-from lfm2_plugin.ops.moe import moe, moe_naive, moe_native
+from lfm2_plugin.ops.moe import ExpertAdapter, moe, moe_naive, moe_native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IMPLEMENTATIONS = {"naive": moe_naive, "native": moe_native}
@@ -67,6 +67,40 @@ def test_a_token_does_not_depend_on_its_neighbours(run) -> None:
     for t in (0, 17, 39):
         one = slice(t, t + 1)
         assert_within("moe", run(x[one], w13, w2, weights[one], ids[one]), whole[one])
+
+
+def make_factors(E: int, rows: int, columns: int, generator: torch.Generator, shared: str = ""):
+    """A (E, 4, columns) and B (E, rows, 4); the factor named by ``shared`` has one expert."""
+    a = torch.randn(1 if shared == "A" else E, 4, columns, generator=generator) / columns**0.5
+    b = torch.randn(1 if shared == "B" else E, rows, 4, generator=generator)
+    return a, b
+
+
+@pytest.mark.parametrize("shared", ["", "outer"])
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize("run", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_adapters_equal_merged_weights(run, pairs: int, shared: str) -> None:
+    """Two adapters and tokens without one: each token as if its adapter were in the weights."""
+    T, D, width, E = 21, 32, 16, 6
+    x, w13, w2, weights, ids = make_inputs(T, D, width, E, 3, torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    uses = torch.arange(T) % 3  # 0: none
+    adapters, merged = [], {0: (w13, w2)}
+    for number in (1, 2):
+        outer = "A" if shared else ""
+        up = [make_factors(E, 2 * width // pairs, D, generator, outer) for _ in range(pairs)]
+        down = make_factors(E, D, width, generator, "B" if shared else "")
+        adapters.append(ExpertAdapter(uses == number, up, [down]))
+        full13 = torch.cat([b @ a for a, b in up], dim=1)
+        merged[number] = (w13 + full13, w2 + down[1] @ down[0])
+    out = run(x, w13, w2, weights, ids, adapters)
+    for number, (merged13, merged2) in merged.items():
+        mine = uses == number
+        expected = moe_naive(x[mine], merged13, merged2, weights[mine], ids[mine])
+        assert_within("moe", out[mine], expected)
+        if number:
+            plain = moe_naive(x[mine], w13, w2, weights[mine], ids[mine])
+            assert not torch.allclose(out[mine], plain, atol=0.05)
 
 
 @pytest.mark.parametrize("run", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)

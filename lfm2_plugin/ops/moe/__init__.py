@@ -12,12 +12,13 @@ import torch
 
 from lfm2_plugin.dispatch import implementation
 from lfm2_plugin.ops.linear import Weight
+from lfm2_plugin.ops.moe.adapters import ExpertAdapter, Factors
 from lfm2_plugin.ops.moe.naive import moe_naive
 from lfm2_plugin.ops.moe.native import moe_native
 
 _IMPLEMENTATIONS = {"naive": moe_naive, "native": moe_native}
 
-__all__ = ["moe", "moe_naive", "moe_native"]
+__all__ = ["ExpertAdapter", "Factors", "moe", "moe_naive", "moe_native"]
 
 
 def moe(
@@ -26,6 +27,7 @@ def moe(
     w2: torch.Tensor | Sequence[Weight],
     weights: torch.Tensor,
     ids: torch.Tensor,
+    adapters: Sequence[ExpertAdapter] = (),
 ) -> torch.Tensor:
     """Run each token through its experts.
 
@@ -35,6 +37,7 @@ def moe(
         w2: (E, D, F) like x; or E weights (D, F).
         weights: (T, A) float32, from the router.
         ids: (T, A) int, experts in 0 .. E-1; -1 for none.
+        adapters: LoRA adapters that some of the tokens use.
 
     Returns:
         (T, D) like x; zeros for tokens without experts.
@@ -60,7 +63,7 @@ def moe(
         raise ValueError(
             f"x is {x.dtype}, w13 {w13[0].dtype}, w2 {w2[0].dtype}; they must be alike"
         )
-    return _IMPLEMENTATIONS[implementation(x.device.type)](x, w13, w2, weights, ids)
+    return _IMPLEMENTATIONS[implementation(x.device.type)](x, w13, w2, weights, ids, adapters)
 
 
 def _shape(weights: torch.Tensor | Sequence[Weight]) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from lfm2_plugin.ops.linear import Weight, linear_native
+from lfm2_plugin.ops.moe.adapters import ExpertAdapter
 
 
 def moe_native(
@@ -25,6 +26,7 @@ def moe_native(
     w2: torch.Tensor | Sequence[Weight],
     weights: torch.Tensor,
     ids: torch.Tensor,
+    adapters: Sequence[ExpertAdapter] = (),
 ) -> torch.Tensor:
     """See :func:`lfm2_plugin.ops.moe.moe`."""
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -41,7 +43,14 @@ def moe_native(
         mine = slice(start, start + count)
         start += count
         rows = tokens[mine]
-        gate, up = linear_native(x[rows], w13[expert]).chunk(2, dim=-1)
-        y = linear_native(F.silu(gate) * up, w2[expert])
+        inputs = x[rows]
+        gate_up = linear_native(inputs, w13[expert])
+        for adapter in adapters:
+            adapter.add_w13(gate_up, inputs, rows, expert)
+        gate, up = gate_up.chunk(2, dim=-1)
+        hidden = F.silu(gate) * up
+        y = linear_native(hidden, w2[expert])
+        for adapter in adapters:
+            adapter.add_w2(y, hidden, rows, expert)
         out.index_add_(0, rows, y.float() * scale[mine])
     return out.to(x.dtype)
