@@ -1,5 +1,11 @@
 """What an LFM2-MoE checkpoint contains: the one table of names, and the check that nothing is amiss."""
 
+from lfm2_plugin.checkpoint.adapter import (
+    AdapterError,
+    AdapterPart,
+    adapter_scaling,
+    read_adapter,
+)
 from lfm2_plugin.checkpoint.names import Target, expected_tensors, translate
 from lfm2_plugin.checkpoint.report import (
     CheckpointError,
@@ -10,12 +16,16 @@ from lfm2_plugin.checkpoint.report import (
 )
 
 __all__ = [
+    "AdapterError",
+    "AdapterPart",
     "CheckpointError",
     "CheckpointReport",
     "StreamCheck",
     "Target",
+    "adapter_scaling",
     "check_checkpoint",
     "expected_tensors",
     "inspect_safetensors",
+    "read_adapter",
     "translate",
 ]
