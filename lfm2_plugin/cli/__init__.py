@@ -45,7 +45,10 @@ def _doctor(
 
 @app.command("demo")
 def _demo(
-    engine: Annotated[Literal["vllm"], typer.Option(help="The engine that serves.")] = "vllm",
+    engine: Annotated[
+        Literal["auto", "vllm", "sglang"],
+        typer.Option(help="The engine that serves; auto takes the one that is installed."),
+    ] = "auto",
     model: Annotated[str, typer.Option(help="Serve this checkpoint, not the demo model.")] = "",
     port: Annotated[int, typer.Option(help="Port of the server; 0 takes a free one.")] = 0,
     keep: Annotated[bool, typer.Option(help="Leave the server running until Ctrl-C.")] = False,

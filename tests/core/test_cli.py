@@ -41,14 +41,13 @@ def gone(pid: int, within: float = 5) -> bool:
 def fake_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """``lfm2 demo`` with the stand-in in vLLM's place; returns where its log will be."""
     monkeypatch.delenv("LFM2_PLUGIN", raising=False)
-    monkeypatch.setattr(demo, "VLLM_ENVIRONMENT", {})
     monkeypatch.setattr(demo.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
 
     def behave(behaviour: str) -> Path:
         def command(model: str, port: int) -> list[str]:
             return [sys.executable, str(FAKE), str(port), behaviour]
 
-        monkeypatch.setattr(demo, "vllm_command", command)
+        monkeypatch.setitem(demo.ENGINES, "vllm", demo.Engine("vLLM", command))
         return tmp_path / "server.log"
 
     return behave
@@ -135,7 +134,8 @@ import sys
 from pathlib import Path
 from lfm2_plugin.cli import demo
 demo.tempfile.mkdtemp = lambda prefix: {str(tmp_path)!r}
-demo.vllm_command = lambda model, port: [sys.executable, {str(FAKE)!r}, str(port)]
+command = lambda model, port: [sys.executable, {str(FAKE)!r}, str(port)]
+demo.ENGINES["vllm"] = demo.Engine("vLLM", command)
 sys.exit(demo.run("vllm", "any", 0, keep=True))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

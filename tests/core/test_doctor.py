@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -30,74 +31,110 @@ BUILTIN = {
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch):
-    for name in ("LFM2_PLUGIN", "LFM2_PLUGIN_OPS", "VLLM_PLUGINS"):
+    for name in ("LFM2_PLUGIN", "LFM2_PLUGIN_OPS", "VLLM_PLUGINS", "SGLANG_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
 
 
+@dataclass(frozen=True)
+class Case:
+    """An engine, and what it answers when it serves with ours and with its built-in."""
+
+    engine: str
+    ours: dict
+    builtin: dict
+
+
+CASES = {
+    "vllm": Case("vllm", OURS, BUILTIN),
+    "sglang": Case(
+        "sglang",
+        {
+            "engine": "0.5.23",
+            "module": "sglang_model.model",
+            "file": "/x/sglang_model/model.py",
+            "ours": True,
+            "platform": "PortableCpuPlatform",
+        },
+        {
+            "engine": "0.5.23",
+            "module": "sglang.srt.models.lfm2_moe",
+            "file": "/x/sglang/srt/models/lfm2_moe.py",
+            "ours": False,
+            "platform": "CudaSRTPlatform",
+        },
+    ),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
 @pytest.fixture
-def vllm_answers(monkeypatch: pytest.MonkeyPatch):
-    """Has vLLM, to the doctor's knowledge, resolve a given class."""
+def answers(monkeypatch: pytest.MonkeyPatch, case: Case):
+    """Has the engine, to the doctor's knowledge, resolve a given class."""
 
     def answer(with_what: dict | Exception):
-        def ask(_code: str) -> dict:
+        def ask(_code: str, _engine: str) -> dict:
             if isinstance(with_what, Exception):
                 raise with_what
             return with_what
 
         monkeypatch.setattr(engines, "ask", ask)
-        monkeypatch.setattr(engines.util, "find_spec", lambda name: name == "vllm")
+        monkeypatch.setattr(engines.util, "find_spec", lambda name: name == case.engine)
 
     return answer
 
 
-def vllm_finding() -> Finding:
-    (finding,) = (f for f in engines.engine_findings() if f.name == "vllm")
+def finding_of(engine: str) -> Finding:
+    (finding,) = (f for f in engines.engine_findings() if f.name == engine)
     return finding
 
 
-def test_ours(vllm_answers):
-    vllm_answers(OURS)
-    finding = vllm_finding()
+def test_ours(answers, case: Case):
+    answers(case.ours)
+    finding = finding_of(case.engine)
     assert finding.status == "ok"
-    assert (
-        "vLLM 0.32.0 serves Lfm2MoeForCausalLM with vllm_model.model (/x/vllm_model/model.py)"
-        in finding.text
-    )
+    served = f"serves Lfm2MoeForCausalLM with {case.ours['module']} ({case.ours['file']})"
+    assert f"{engines.ENGINES[case.engine].name} {case.ours['engine']} {served}" in finding.text
+    assert case.ours.get("platform", "") in finding.text
 
 
-def test_switched_off_is_a_note(vllm_answers, monkeypatch: pytest.MonkeyPatch):
-    vllm_answers(BUILTIN)
+def test_switched_off_is_a_note(answers, case: Case, monkeypatch: pytest.MonkeyPatch):
+    answers(case.builtin)
     monkeypatch.setenv("LFM2_PLUGIN", "off")
     found = {f.name: f for f in engines.engine_findings()}
     assert found["LFM2_PLUGIN"].status == "note"
     assert "built-in" in found["LFM2_PLUGIN"].text
-    assert found["vllm"].status == "note"
-    assert "vllm.model_executor.models.lfm2_moe" in found["vllm"].text
+    assert found[case.engine].status == "note"
+    assert case.builtin["module"] in found[case.engine].text
 
 
-def test_builtin_without_being_asked_for_is_a_fault(vllm_answers):
-    vllm_answers(BUILTIN)
-    assert vllm_finding().status == "fault"
-    assert "another plugin" in vllm_finding().remedy
+def test_builtin_without_being_asked_for_is_a_fault(answers, case: Case):
+    answers(case.builtin)
+    assert finding_of(case.engine).status == "fault"
+    assert "another plugin" in finding_of(case.engine).remedy
 
 
-def test_left_out_by_the_engines_own_switch(vllm_answers, monkeypatch: pytest.MonkeyPatch):
-    vllm_answers(BUILTIN)
-    monkeypatch.setenv("VLLM_PLUGINS", "some_other")
-    assert vllm_finding().status == "fault"
-    assert "VLLM_PLUGINS='some_other' leaves 'lfm2' out" in vllm_finding().remedy
+def test_left_out_by_the_engines_own_switch(answers, case: Case, monkeypatch: pytest.MonkeyPatch):
+    answers(case.builtin)
+    switch = engines.ENGINES[case.engine].switch
+    monkeypatch.setenv(switch, "some_other")
+    assert finding_of(case.engine).status == "fault"
+    assert f"{switch}='some_other' leaves 'lfm2' out" in finding_of(case.engine).remedy
 
 
-def test_an_engine_that_fails_is_a_fault(vllm_answers):
-    vllm_answers(PluginError("asking vLLM failed with exit status 1: ImportError: libx.so"))
-    assert vllm_finding().status == "fault"
-    assert "libx.so" in vllm_finding().text
+def test_an_engine_that_fails_is_a_fault(answers, case: Case):
+    answers(PluginError("asking it failed with exit status 1: ImportError: libx.so"))
+    assert finding_of(case.engine).status == "fault"
+    assert "libx.so" in finding_of(case.engine).text
 
 
 def test_no_engine(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engines.util, "find_spec", lambda name: None)
-    assert vllm_finding().status == "fault"
-    assert "pip install" in vllm_finding().remedy
+    assert finding_of("vllm").status == "fault"
+    assert "pip install" in finding_of("vllm").remedy
 
 
 def test_a_switch_not_understood(monkeypatch: pytest.MonkeyPatch):
@@ -257,9 +294,9 @@ def test_no_compiler_is_a_warning(monkeypatch: pytest.MonkeyPatch):
     assert "--enforce-eager" in finding.remedy
 
 
-@pytest.mark.parametrize(("answer", "status"), [(OURS, 0), (BUILTIN, 1)], ids=["ours", "built-in"])
-def test_the_command(vllm_answers, answer: dict, status: int):
-    vllm_answers(answer)
+@pytest.mark.parametrize("status", [0, 1], ids=["ours", "built-in"])
+def test_the_command(answers, case: Case, status: int):
+    answers(case.builtin if status else case.ours)
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == status, result.output
     assert ("No faults." in result.output) == (status == 0)
@@ -270,8 +307,8 @@ def test_the_command(vllm_answers, answer: dict, status: int):
     assert {f["area"] for f in report["findings"]} == {"versions", "machine", "engine", "kernels"}
 
 
-def test_one_fault_is_enough(vllm_answers):
-    vllm_answers(OURS)
+def test_one_fault_is_enough(answers, case: Case):
+    answers(case.ours)
     findings = diagnose()
     assert healthy(findings)
     assert not healthy([*findings, Finding("engine", "x", "fault", "")])
