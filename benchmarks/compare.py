@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -30,11 +31,14 @@ from benchmarks.models import MODELS, model_folder
 from benchmarks.provenance import provenance
 from benchmarks.sides import SIDES
 from benchmarks.workloads import SETS, Workload, select
+from lfm2_plugin.arch import Lfm2MoeArch
+from lfm2_plugin.capacity import weight_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Share of a core above which a measurement is said to be disturbed.
 _BUSY = 0.05
 _OVERHEAD_GIB = 2.0
+_STATE_SLOTS = 512  # conv states of an SGLang side: five for each of 64 requests, and some for the prefix cache
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,14 @@ def settle(options: argparse.Namespace, folder: Path, random_weights: bool) -> P
     workloads = select(options.set, options.only)
     # Decode sequences grow by every turn's steps.
     longest = max(w.context + w.steps * (options.pairs + 2) + 2 * w.batch for w in workloads)
-    arguments = {"max_model_len": -(-longest // 256) * 256 + 256} | dict(options.engine_arg)
+    arguments = {"max_model_len": -(-longest // 256) * 256 + 256}
+    if options.engine == "sglang":
+        # Its own arithmetic divides the machine's free memory, of which the other side wants the same.
+        arguments |= {
+            "max_total_tokens": options.kv_gib * 2**30 // kv_bytes_per_token(folder),
+            "max_mamba_cache_size": _STATE_SLOTS,
+        }
+    arguments |= dict(options.engine_arg)
     if options.profile:
         # Give every fused loop of the compiled graph a name in the profile.
         arguments.setdefault(
@@ -131,17 +142,22 @@ def settle(options: argparse.Namespace, folder: Path, random_weights: bool) -> P
     )
 
 
+def kv_bytes_per_token(folder: Path) -> int:
+    """Bytes of keys and values of one token of the model, in bfloat16."""
+    return read_arch(folder).kv_bytes_per_token(torch.bfloat16)
+
+
+def read_arch(folder: Path) -> Lfm2MoeArch:
+    return Lfm2MoeArch.from_config(json.loads((folder / "config.json").read_text()))
+
+
 def check_memory(folder: Path, kv_gib: float, engines: int) -> None:
     """Refuse to start what would not fit.
 
     Raises:
         ValueError: the machine has too little free memory for that many engines.
     """
-    from lfm2_plugin.arch import Lfm2MoeArch
-    from lfm2_plugin.capacity import weight_bytes
-
-    arch = Lfm2MoeArch.from_config(json.loads((folder / "config.json").read_text()))
-    need = engines * (weight_bytes(arch) / 2**30 + kv_gib + _OVERHEAD_GIB)
+    need = engines * (weight_bytes(read_arch(folder)) / 2**30 + kv_gib + _OVERHEAD_GIB)
     free = psutil.virtual_memory().available / 2**30
     if need > free:
         raise ValueError(
@@ -163,6 +179,7 @@ def open_sides(plan: Plan, logs: Path, console: Console, count: int = 2) -> list
                 plan.environment,
                 plan.pythons[index],
                 plan.timeout,
+                plan.engine,
             )
             sides.append(side)
             with console.status(f"starting {side.label} ({plan.engine}; log {log})"):

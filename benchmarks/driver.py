@@ -34,6 +34,7 @@ class Side:
         environment: variables to set on top of this process's.
         python: interpreter of the environment that holds the engine.
         timeout: seconds that one command may take.
+        engine: which engine it will start.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Side:
         environment: dict[str, str] | None = None,
         python: str = sys.executable,
         timeout: float = 1200.0,
+        engine: str = "vllm",
     ) -> None:
         self.label, self.side, self.log, self.timeout = label, side, log, timeout
         self.model_class = ""
@@ -54,7 +56,7 @@ class Side:
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 cwd=_ROOT,
-                env=side_environment(side) | (environment or {}),
+                env=side_environment(side, engine) | (environment or {}),
                 start_new_session=True,
                 bufsize=0,
             )

@@ -5,6 +5,7 @@ Each engine is imported only when it is opened, in a worker process (:mod:`bench
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -113,7 +114,72 @@ class VllmEngine:
         self._count = 0
 
 
-ENGINES: dict[str, type[Engine]] = {"vllm": VllmEngine}
+class SglangEngine:
+    """SGLang's offline engine. Its scheduler has a process of its own and runs on between two steps of ours."""
+
+    stepping = False
+
+    def __init__(self, flags: Flags) -> None:
+        import sglang
+
+        from lfm2_plugin.register import resolve_sglang
+
+        arguments = {"dtype": "bfloat16", "skip_tokenizer_init": True, "sleep_on_idle": True}
+        # The names of vLLM, which the options of a comparison are written in.
+        renamed = {"max_model_len": "context_length"}
+        arguments |= {renamed.get(name, name): value for name, value in flags.arguments.items()}
+        if flags.random_weights:
+            arguments["load_format"] = "dummy"
+        self.model_class = f"{resolve_sglang()['module']}.Lfm2MoeForCausalLM"
+        self._engine = sglang.Engine(model_path=str(flags.folder), **arguments)
+        self._loop = self._engine.loop
+        self.vocab_size = self._engine.tokenizer_manager.model_config.vocab_size
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            stream = self._stream(len(self._tasks), request)
+            self._tasks.append(self._loop.create_task(stream))
+
+    async def _stream(self, index: int, request: Request) -> None:
+        params = {"temperature": 0.0, "max_new_tokens": request.max_tokens, "ignore_eos": True}
+        pieces = await self._engine.async_generate(
+            input_ids=list(request.prompt), sampling_params=params, stream=True
+        )
+        had = 0
+        async for piece in pieces:
+            count = piece["meta_info"]["completion_tokens"]
+            finished = piece["meta_info"]["finish_reason"] is not None
+            now = time.perf_counter()
+            self._events.put_nowait(Event(now, index, count - had, finished))
+            had = count
+
+    def step(self) -> list[Event]:
+        return self._loop.run_until_complete(self._next())
+
+    async def _next(self) -> list[Event]:
+        waiting = asyncio.ensure_future(self._events.get())
+        await asyncio.wait([waiting, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in self._tasks:
+            if task.done():
+                task.result()  # raises what the engine raised
+        events = [await waiting]
+        while not self._events.empty():
+            events.append(self._events.get_nowait())
+        return events
+
+    def clear(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if any(not task.done() for task in self._tasks):
+            self._engine.abort_request(abort_all=True)
+        self._tasks = []
+        self._events = asyncio.Queue()
+        self._engine.flush_cache()
+
+
+ENGINES: dict[str, type[Engine]] = {"vllm": VllmEngine, "sglang": SglangEngine}
 
 
 def open_engine(name: str, flags: Flags) -> Engine:

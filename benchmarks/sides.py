@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 
+from benchmarks import stock_sglang
+
 SIDES = ("builtin", "ours")
 
 _PACKAGE = {"ours": ("vllm_model.", "sglang_model."), "builtin": ("vllm.", "sglang.")}
 
 
-def side_environment(side: str) -> dict[str, str]:
-    """The environment of a process that shall serve ``side``.
+def side_environment(side: str, engine: str = "vllm") -> dict[str, str]:
+    """The environment of a process that shall serve ``side`` of ``engine``.
 
     Raises:
         ValueError: no such side.
@@ -22,6 +24,8 @@ def side_environment(side: str) -> dict[str, str]:
     environment.pop("LFM2_PLUGIN", None)
     if side == "builtin":
         environment["LFM2_PLUGIN"] = "off"
+        if engine == "sglang":
+            environment |= stock_sglang.environment()
     return environment
 
 

@@ -12,9 +12,12 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
+
+import psutil
 
 from benchmarks.engines import Engine, Flags, open_engine
 from benchmarks.workloads import (
@@ -113,6 +116,17 @@ class Runner:
         return decode_sample(self.workload.batch, events)
 
 
+def cpu_seconds() -> float:
+    """CPU time that this process and those it started have used so far."""
+    worker = psutil.Process()
+    total = 0.0
+    for process in [worker, *worker.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
 class Worker:
     """Answers the parent's commands; each method is one."""
 
@@ -126,12 +140,9 @@ class Worker:
         self.runner.prepare(Workload(**workload), turns)
 
     def turn(self, number: int) -> dict[str, Any]:
-        before = time.process_time()
+        before = cpu_seconds()
         sample = self.runner.turn(number)
-        if (
-            self.runner.engine.stepping
-        ):  # otherwise the engine works in processes that this clock doesn't see
-            sample.cpu_seconds = time.process_time() - before
+        sample.cpu_seconds = cpu_seconds() - before
         return asdict(sample)
 
     def profile(self, number: int) -> dict[str, Any]:
