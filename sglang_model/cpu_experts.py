@@ -16,16 +16,18 @@ def experts_forward(
 
     Args:
         method: SGLang's method object, unquantised weights.
-        layer: w13_weight (E, 2F, D), w2_weight (E, D, F).
+        layer: w13_weight (E, 2F, D), w2_weight (E, D, F); or ``packed_experts``, see ``cpu_weights.py``.
         dispatch_output: hidden states (T, D), weights and expert ids (T, A).
     """
     if not _is_plain(method.moe_runner_config, layer):
         return method.forward_native(layer, dispatch_output)
     weights, ids, _ = dispatch_output.topk_output
     x = dispatch_output.hidden_states
-    return StandardCombineInput(
-        hidden_states=moe(x, layer.w13_weight.data, layer.w2_weight.data, weights.float(), ids)
+    w13, w2 = getattr(layer, "packed_experts", None) or (
+        layer.w13_weight.data,
+        layer.w2_weight.data,
     )
+    return StandardCombineInput(hidden_states=moe(x, w13, w2, weights.float(), ids))
 
 
 def _is_plain(config: Any, layer: Any) -> bool:

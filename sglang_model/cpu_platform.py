@@ -46,6 +46,11 @@ class PortableCpuPlatform(SRTPlatform):
         register_cpu_attention(ATTENTION_BACKEND)
         register_cpu_experts(DISPATCH_KEY)
 
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        """Our model packs its weights; other models' weights stay as SGLang's updates expect them."""
+        if hasattr(model, "serve_packed"):
+            model.serve_packed()
+
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """What a user would have to say on a CPU; everything said otherwise stays."""
         add_attention_choice(ATTENTION_BACKEND)
@@ -56,6 +61,7 @@ class PortableCpuPlatform(SRTPlatform):
         if server_args.max_running_requests is None:
             server_args.max_running_requests = MAX_RUNNING_REQUESTS
         server_args.disable_cuda_graph = True
+        server_args.sleep_on_idle = True  # else an idle scheduler takes a whole core
 
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND

@@ -55,6 +55,11 @@ NAMES = {
     "TorchNativeAttnBackend": (
         "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend"
     ),
+    "UnquantizedEmbeddingMethod": (
+        "sglang.srt.layers.quantization.unquant:UnquantizedEmbeddingMethod"
+    ),
+    "UnquantizedFusedMoEMethod": "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod",
+    "UnquantizedLinearMethod": "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod",
     "VocabParallelEmbedding": ("sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding"),
     "add_prefix": "sglang.srt.utils:add_prefix",
     "default_weight_loader": "sglang.srt.model_loader.weight_utils:default_weight_loader",

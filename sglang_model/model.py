@@ -15,6 +15,7 @@ from lfm2_plugin.arch import Lfm2MoeArch
 
 from .attention import Lfm2MoeAttention
 from .config import Lfm2MoeConfig
+from .cpu_weights import PackedWeights
 from .engine_api import (
     ForwardBatch,
     LogitsProcessor,
@@ -174,6 +175,7 @@ class Lfm2MoeForCausalLM(nn.Module):
         self.quant_config = quant_config
         # Dummy weights are never loaded, so the first load that comes may be a partial update.
         self.weights_loaded = weights_are_dummy()
+        self.packed: PackedWeights | None = None
         self.model = Lfm2MoeModel(arch, quant_config, add_prefix("model", prefix))
         if not self.model.last_stage:
             self.lm_head = PPMissingLayer()
@@ -230,6 +232,11 @@ class Lfm2MoeForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint, or a part of one as in a weight update; see ``weights.py``."""
         return load_weights(self, self.arch, weights)
+
+    def serve_packed(self) -> None:
+        """Keep weights in the form that a CPU reads fastest; our CPU platform calls this after the first load."""
+        self.packed = PackedWeights(self)
+        self.packed.pack()
 
     @property
     def capture_aux_hidden_states(self) -> bool:

@@ -68,8 +68,12 @@ def load_weights(
             continue
         for parameter, piece, place in _pieces(arch, target, tensor):
             if parameter in parameters:
+                if model.packed is not None:
+                    model.packed.open(parameter)
                 _fill(parameters[parameter], piece, parameter, place)
                 loaded.add(parameter)
+    if model.packed is not None:
+        model.packed.close()
     if not model.weights_loaded:
         check.finish()
         model.weights_loaded = True
