@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from lfm2_plugin.ops.moe import moe
+from lfm2_plugin.ops.moe import ExpertAdapter, moe
 
 from .engine_api import StandardCombineInput, StandardDispatchOutput
 
 
 def experts_forward(
-    method: Any, layer: Any, dispatch_output: StandardDispatchOutput
+    method: Any,
+    layer: Any,
+    dispatch_output: StandardDispatchOutput,
+    adapters: Sequence[ExpertAdapter] = (),
 ) -> StandardCombineInput:
     """The experts of ``layer`` on the tokens dispatched to it; replaces ``UnquantizedFusedMoEMethod``'s torch code.
 
@@ -18,6 +22,7 @@ def experts_forward(
         method: SGLang's method object, unquantised weights.
         layer: w13_weight (E, 2F, D), w2_weight (E, D, F); or ``packed_experts``, see ``cpu_weights.py``.
         dispatch_output: hidden states (T, D), weights and expert ids (T, A).
+        adapters: LoRA adapters that some of the tokens use; SGLang itself gives none.
     """
     if not _is_plain(method.moe_runner_config, layer):
         return method.forward_native(layer, dispatch_output)
@@ -27,7 +32,7 @@ def experts_forward(
         layer.w13_weight.data,
         layer.w2_weight.data,
     )
-    return StandardCombineInput(hidden_states=moe(x, w13, w2, weights.float(), ids))
+    return StandardCombineInput(hidden_states=moe(x, w13, w2, weights.float(), ids, adapters))
 
 
 def _is_plain(config: Any, layer: Any) -> bool:

@@ -21,10 +21,12 @@ from .engine_api import (
     add_attention_choice,
     register_cpu_attention,
     register_cpu_experts,
+    register_cpu_lora,
     said_by_user,
 )
 
-ATTENTION_BACKEND = DISPATCH_KEY = "lfm2_cpu"
+ATTENTION_BACKEND = DISPATCH_KEY = LORA_BACKEND = "lfm2_cpu"
+DEFAULT_LORA_BACKEND = "csgmv"  # SGLang's, for GPUs
 MAX_RUNNING_REQUESTS = 64
 """More requests at once bring a few cores no more tokens a second, and every one takes memory."""
 
@@ -45,6 +47,7 @@ class PortableCpuPlatform(SRTPlatform):
         """In each worker, before a model is built."""
         register_cpu_attention(ATTENTION_BACKEND)
         register_cpu_experts(DISPATCH_KEY)
+        register_cpu_lora(LORA_BACKEND)
 
     def post_load_model(self, model: torch.nn.Module) -> None:
         """Our model packs its weights; other models' weights stay as SGLang's updates expect them."""
@@ -60,6 +63,8 @@ class PortableCpuPlatform(SRTPlatform):
             server_args.attention_backend = ATTENTION_BACKEND
         if server_args.max_running_requests is None:
             server_args.max_running_requests = MAX_RUNNING_REQUESTS
+        if server_args.lora_backend == DEFAULT_LORA_BACKEND:
+            server_args.lora_backend = LORA_BACKEND
         server_args.disable_cuda_graph = True
         server_args.sleep_on_idle = True  # else an idle scheduler takes a whole core
 

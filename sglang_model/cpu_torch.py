@@ -6,9 +6,13 @@ Both are put right with torch's own means of adding to an operator (``torch.libr
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 _OPERATORS = ("nms", "qnms")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
@@ -49,3 +53,22 @@ def let_memory_be_pinned() -> None:
     library = torch.library.Library("aten", "IMPL")
     library.impl("_pin_memory", lambda tensor, device=None: tensor, "CPU")
     _kept["pinned"] = library
+
+
+class _PageableFactories(TorchFunctionMode):
+    """Torch's functions that make tensors, deaf to ``pin_memory``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wanted = {k: v for k, v in (kwargs or {}).items() if k != "pin_memory"}
+        return func(*args, **wanted)
+
+
+@contextlib.contextmanager
+def memory_needs_no_pinning() -> Iterator[None]:
+    """Within it, ``torch.tensor(..., pin_memory=True)`` gives a plain tensor where there is no accelerator.
+
+    SGLang's LoRA layers are built with such tensors, which torch refuses to make. What :func:`let_memory_be_pinned`
+    does reaches only tensors that are pinned after they were made.
+    """
+    with contextlib.nullcontext() if torch.accelerator.is_available() else _PageableFactories():
+        yield

@@ -65,6 +65,7 @@ class PackedWeights:
     def open(self, parameter: str) -> None:
         """Make the parameter of that name plain, so that it can be written; :meth:`close` packs it again."""
         module = self._model.get_submodule(parameter.rpartition(".")[0])
+        module = getattr(module, "base_layer", module)  # within SGLang's LoRA layer
         if module not in self._open:
             self._unpack(module)
             self._open.add(module)

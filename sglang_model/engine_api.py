@@ -27,10 +27,14 @@ if TYPE_CHECKING:
     from transformers import Lfm2MoeConfig as HuggingFaceConfig
 
 NAMES = {
+    "BaseLoRABackend": "sglang.srt.lora.backend.base_backend:BaseLoRABackend",
     "ConvCacheParams": "sglang.srt.configs.mamba_utils:Mamba2CacheParams",
     "ForwardBatch": "sglang.srt.model_executor.forward_batch_info:ForwardBatch",
     "FusedMoE": "sglang.srt.layers.moe.fused_moe_triton:FusedMoE",
+    "FusedMoEWithLoRA": "sglang.srt.lora.layers:FusedMoEWithLoRA",
     "HuggingFaceConfig": "transformers:Lfm2MoeConfig",
+    "LoRAAdapter": "sglang.srt.lora.lora:LoRAAdapter",
+    "LoRAManager": "sglang.srt.lora.lora_manager:LoRAManager",
     "LogitsProcessor": "sglang.srt.layers.logits_processor:LogitsProcessor",
     "MergedColumnParallelLinear": "sglang.srt.layers.linear:MergedColumnParallelLinear",
     "PPMissingLayer": "sglang.srt.layers.utils:PPMissingLayer",
@@ -63,12 +67,15 @@ NAMES = {
     "VocabParallelEmbedding": ("sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding"),
     "add_prefix": "sglang.srt.utils:add_prefix",
     "default_weight_loader": "sglang.srt.model_loader.weight_utils:default_weight_loader",
+    "generate_sequence_lengths": "sglang.srt.lora.utils:generate_sequence_lengths",
     "get_attn_backend": "sglang.srt.model_executor.forward_context:get_attn_backend",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
     "make_layers": "sglang.srt.utils:make_layers",
     "register_model_override": "sglang.srt.arg_groups.overrides:register_model_override",
+    "replace_submodule": "sglang.srt.utils:replace_submodule",
     "resolving_view": "sglang.srt.arg_groups.overrides:resolving_view",
     "sglang_version": "sglang.version:__version__",
+    "tensor_model_parallel_all_reduce": "sglang.srt.distributed:tensor_model_parallel_all_reduce",
 }
 """Every name of SGLang that this package uses, and where it is there: ``module:name``."""
 
@@ -247,6 +254,35 @@ def register_cpu_experts(platform_key: str) -> None:
     from .cpu_experts import experts_forward
 
     BaseFusedOp.register_oot_forward(UnquantizedFusedMoEMethod, experts_forward, platform_key)
+
+
+def register_cpu_lora(name: str) -> None:
+    """Let ``--lora-backend`` mean the backend of ``cpu_lora.py`` by ``name``; safe to call again."""
+    from sglang.srt.lora.backend.lora_registry import register_lora_backend
+
+    @register_lora_backend(name)
+    def create() -> type:
+        from .cpu_lora import CpuLoRABackend
+
+        return CpuLoRABackend
+
+
+def adapters_are_served() -> bool:
+    """Whether the server takes LoRA adapters."""
+    from sglang.srt.runtime_context import get_lora
+
+    return bool(get_lora().enable_lora)
+
+
+def replace_classes(classes: dict[str, type]) -> None:
+    """Put subclasses in the place of SGLang's classes, given by their full names, in this process; once."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for name, replacement in classes.items():
+        module, _, attribute = name.rpartition(".")
+        if getattr(importlib.import_module(module), attribute) is not replacement:
+            HookRegistry.register(name, replacement, HookType.REPLACE)
+    HookRegistry.apply_hooks()
 
 
 def uses_plain_attention(layer: RadixAttention) -> bool:

@@ -19,39 +19,38 @@ from .engine_api import (
     TopKOutputFormat,
     add_prefix,
     bind_experts_to_routing,
+    get_parallel,
+    tensor_model_parallel_all_reduce,
 )
 
 
 class Lfm2MoeMlp(nn.Module):
-    """The dense SwiGLU of the first layers: down(silu(w1 x) * w3 x).
-
-    ``gate_up_proj`` and ``down_proj`` are w1 with w3, and w2, under the names that SGLang's adapters know.
-    """
+    """The dense SwiGLU of the first layers: w2(silu(w1 x) * w3 x)."""
 
     def __init__(
         self, arch: Lfm2MoeArch, quant_config: QuantizationConfig | None, prefix: str
     ) -> None:
         super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(
+        self.w13 = MergedColumnParallelLinear(
             arch.hidden_size,
             [arch.intermediate_size] * 2,
             bias=False,
             quant_config=quant_config,
-            prefix=add_prefix("gate_up_proj", prefix),
+            prefix=add_prefix("w13", prefix),
         )
-        self.down_proj = RowParallelLinear(
+        self.w2 = RowParallelLinear(
             arch.intermediate_size,
             arch.hidden_size,
             bias=False,
             quant_config=quant_config,
-            prefix=add_prefix("down_proj", prefix),
+            prefix=add_prefix("w2", prefix),
         )
         self.act_fn = SiluAndMul()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, D) -> (T, D)."""
-        gate_up, _ = self.gate_up_proj(x)
-        out, _ = self.down_proj(self.act_fn(gate_up))
+        gate_up, _ = self.w13(x)
+        out, _ = self.w2(self.act_fn(gate_up))
         return out
 
 
@@ -96,11 +95,13 @@ class Lfm2MoeExperts(nn.Module):
             hidden_size=arch.hidden_size,
             intermediate_size=arch.moe_intermediate_size,
             layer_id=layer_id,
-            reduce_results=True,
+            reduce_results=False,  # done below: SGLang's LoRA layer around experts leaves it out
             quant_config=quant_config,
             prefix=add_prefix("experts", prefix),
         )
         bind_experts_to_routing(self.topk, self.experts)
+        parallel = get_parallel()
+        self.is_partial = parallel.moe_tp_size > 1 or parallel.moe_ep_size > 1
 
     def _route(
         self, hidden_states: torch.Tensor, gating_output: torch.Tensor, topk: int, renormalize: bool
@@ -117,4 +118,5 @@ class Lfm2MoeExperts(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(T, D) -> (T, D)."""
         logits, _ = self.gate(x)
-        return self.experts(x, self.topk(x, logits))
+        out = self.experts(x, self.topk(x, logits))
+        return tensor_model_parallel_all_reduce(out) if self.is_partial else out

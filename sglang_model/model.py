@@ -25,12 +25,14 @@ from .engine_api import (
     QuantizationConfig,
     RMSNorm,
     VocabParallelEmbedding,
+    adapters_are_served,
     add_prefix,
     get_parallel,
     make_layers,
     weights_are_dummy,
 )
 from .feed_forward import Lfm2MoeExperts, Lfm2MoeMlp
+from .lora import dimensions, serve_adapters, slices
 from .short_conv import Lfm2ShortConv
 from .support import check_support
 from .weights import check_files, load_weights
@@ -156,8 +158,7 @@ class Lfm2MoeForCausalLM(nn.Module):
 
     packed_modules_mapping = {  # noqa: RUF012  (SGLang reads it from the class)
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["w1", "w3"],
-        "down_proj": ["w2"],
+        "w13": ["w1", "w3"],
     }
 
     def __init__(
@@ -190,6 +191,8 @@ class Lfm2MoeForCausalLM(nn.Module):
                 prefix=add_prefix("lm_head", prefix),
             )
         self.logits_processor = LogitsProcessor(config)
+        if adapters_are_served():
+            serve_adapters()
         logger.info("LFM2-MoE is served by %s.%s.", type(self).__module__, type(self).__name__)
 
     @property
@@ -237,6 +240,15 @@ class Lfm2MoeForCausalLM(nn.Module):
         """Keep weights in the form that a CPU reads fastest; our CPU platform calls this after the first load."""
         self.packed = PackedWeights(self)
         self.packed.pack()
+
+    def get_hidden_dim(self, module_name: str, layer_idx: int) -> tuple[int, int]:
+        """Inputs and outputs of a module that adapters can be on; zeros where this stage has none in the layer."""
+        here = self.start_layer <= layer_idx < self.end_layer
+        return dimensions(self.arch, module_name, layer_idx) if here else (0, 0)
+
+    def get_stacked_multiply(self, module_name: str) -> int:
+        """Of how many matrices, each with a factor A of its own, the module consists."""
+        return slices(module_name)
 
     @property
     def capture_aux_hidden_states(self) -> bool:

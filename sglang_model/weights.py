@@ -21,13 +21,10 @@ from .engine_api import QuantizationConfig, checkpoint_folder, default_weight_lo
 if TYPE_CHECKING:
     from .model import Lfm2MoeForCausalLM
 
-# Modules that are named otherwise than in the table; see Lfm2MoeMlp.
-_RENAMED = {
-    "feed_forward.w13": "feed_forward.gate_up_proj",
-    "feed_forward.w2": "feed_forward.down_proj",
-    "self_attn.scales": "self_attn.attn",
-}
+# Modules that are named otherwise than in the table.
+_RENAMED = {"self_attn.scales": "self_attn.attn"}
 _EXPERTS = "feed_forward.experts"
+_ADAPTED = ".base_layer."  # a module within SGLang's LoRA layer
 _OUTSIDE_LAYERS = {"embed_tokens": "model.embed_tokens", "embedding_norm": "model.embedding_norm"}
 
 
@@ -59,7 +56,10 @@ def load_weights(
             whose parameters hold nothing yet, a tensor that never came.
     """
     check = StreamCheck(arch, quantised=model.quant_config is not None)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {
+        name.replace(_ADAPTED, "."): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
     loaded = set()
     for name, tensor in weights:
         check.see(name, tuple(tensor.shape))
@@ -102,7 +102,7 @@ def _pieces(
         module = _RENAMED.get(target.module, target.module)
         bare = module == "feed_forward.expert_bias"
         parameter = f"{layer}.{module}" if bare else f"{layer}.{module}.{target.parameter}"
-        fused = module.endswith(("qkv_proj", "gate_up_proj"))
+        fused = module.endswith(("qkv_proj", "w13"))
         yield parameter, tensor, {"loaded_shard_id": target.shard} if fused else {}
         return
     if target.expert is not None:
