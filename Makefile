@@ -10,15 +10,18 @@ endif
 ENVIRONMENT = $(PYTHON) tools/environment.py
 VLLM = .venvs/vllm/bin
 VLLM_LOWEST = .venvs/vllm-0.31/bin
+SGLANG = .venvs/sglang/bin
+SGLANG_LOWEST = .venvs/sglang-0.5.22/bin
 LINT = .venvs/lint/bin
 # Further words for pytest: make test-vllm PYTEST='-k spec -x'
 PYTEST ?=
-# What `make bench` measures: make bench BENCH='--model small --set quick'
+# What `make bench` measures: make bench BENCH='--model small --set quick'; make bench-sglang measures the same
 BENCH ?= --model 8b-cut
 
 .DEFAULT_GOAL := help
-.PHONY: help demo doctor test test-all test-core test-engines test-vllm test-vllm-lowest lint format bench memory tree \
-	env env-lowest env-lint wheel clean
+.PHONY: help demo demo-sglang doctor doctor-sglang test test-all test-core test-engines test-vllm test-vllm-lowest \
+	test-sglang test-sglang-lowest lint format bench bench-sglang memory tree env env-lowest env-sglang \
+	env-sglang-lowest env-lint wheel clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -26,16 +29,22 @@ help: ## this list
 demo: env ## serve the demo model with vLLM, ask it two questions, stop
 	$(VLLM)/lfm2 demo
 
+demo-sglang: env-sglang ## the same with SGLang
+	$(SGLANG)/lfm2 demo
+
 doctor: env ## which class vLLM resolves, kernels, self-checks
 	$(VLLM)/lfm2 doctor
 
-test: test-core test-engines ## everything: core, vLLM suite, suite on the lowest vLLM
+doctor-sglang: env-sglang ## the same for SGLang
+	$(SGLANG)/lfm2 doctor
 
-# Side by side: each suite keeps one core busy for most of its time.
-test-engines: env env-lowest ## the vLLM suite on the newest and on the lowest supported release
-	$(MAKE) --jobs=2 --output-sync=line test-vllm test-vllm-lowest
+test: test-core test-engines ## everything: core, both engines, the lowest vLLM
 
-test-all: test ## the same, and the slow tests on the lowest vLLM too
+# Two at a time: each suite keeps one core busy for most of its time.
+test-engines: env env-lowest env-sglang ## the suites of both engines, vLLM's on its lowest release too
+	$(MAKE) --jobs=2 --output-sync=line test-vllm test-vllm-lowest test-sglang
+
+test-all: test test-sglang-lowest ## the same, and what `make test` leaves out on the lowest releases
 	$(VLLM_LOWEST)/python -m pytest tests/engine_vllm -m slow $(PYTEST)
 
 test-core: env ## everything that needs no engine (about a minute)
@@ -46,6 +55,12 @@ test-vllm: env ## real vLLM engines, newest supported release
 
 test-vllm-lowest: env-lowest ## real vLLM engines, lowest supported release, without the slow tests
 	$(VLLM_LOWEST)/python -m pytest tests/engine_vllm -m 'not slow' $(PYTEST)
+
+test-sglang: env-sglang ## real SGLang engines, newest supported release
+	$(SGLANG)/python -m pytest tests/engine_sglang $(PYTEST)
+
+test-sglang-lowest: env-sglang-lowest ## real SGLang engines, lowest supported release
+	$(SGLANG_LOWEST)/python -m pytest tests/engine_sglang $(PYTEST)
 
 lint: env-lint ## ruff (rules and format) and mypy
 	$(LINT)/ruff check .
@@ -58,6 +73,9 @@ format: env-lint ## what ruff can repair by itself
 
 bench: env ## ours against the built-in model, same flags, in turn
 	$(VLLM)/python -m benchmarks.compare $(BENCH)
+
+bench-sglang: env-sglang ## ours against stock SGLang with only what a CPU needs to run it
+	$(SGLANG)/python -m benchmarks.compare --engine sglang $(BENCH)
 
 memory: env ## the table of cache memory, from vLLM's own planner
 	$(VLLM)/python -m benchmarks.memory --write
@@ -73,6 +91,12 @@ env:
 
 env-lowest:
 	@$(ENVIRONMENT) vllm-0.31
+
+env-sglang:
+	@$(ENVIRONMENT) sglang
+
+env-sglang-lowest:
+	@$(ENVIRONMENT) sglang-0.5.22
 
 env-lint:
 	@$(ENVIRONMENT) lint
