@@ -1,41 +1,7 @@
-"""Fixtures of the engine suite: one fork server a session, results of engines shared by tests."""
+"""Fixtures of the suite of real vLLM engines."""
 
-import os
-import time
+import sys
 from pathlib import Path
 
-import pytest
-from checkpoints import checkpoint
-from engines import CACHE, EngineServer, Outcome
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    server = EngineServer(tmp_path_factory.mktemp("engines"))
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="session")
-def run(server):
-    """Starts one engine, runs steps, returns the value: run("alpha", {"dtype": ...}, steps)."""
-
-    def start(model: str | Path, engine: dict, steps: list[dict], **options) -> dict:
-        return outcome(model, engine, steps, **options).get()
-
-    def outcome(model: str | Path, engine: dict, steps: list[dict], **options) -> Outcome:
-        folder = str(checkpoint(model)) if isinstance(model, str) else str(model)
-        begin = time.monotonic()
-        result = server.run(
-            "engine_jobs:run_engine", model=folder, engine=engine, steps=steps, **options
-        )
-        if os.environ.get("LFM2_TEST_TIMES"):
-            seconds = result.value["seconds"] if result.value else result.error
-            line = f"{time.monotonic() - begin:6.1f} s {seconds} {Path(folder).name} {engine}\n"
-            with (CACHE / "engine_times.log").open("a") as log:
-                log.write(line)
-        return result
-
-    start.outcome = outcome
-    return start
+sys.path.append(str(Path(__file__).resolve().parents[1] / "engine_common"))
+from engine_fixtures import run, server  # noqa: F401

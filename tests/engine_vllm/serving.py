@@ -5,19 +5,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engines import BASE_ENV, CACHE
+from engine_env import ENV as ENGINE_ENV
 
 from lfm2_plugin.cli.server import free_port, serving
 
-ENV = {k: v for k, v in BASE_ENV.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+ENV = {k: v for k, v in ENGINE_ENV.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
 CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
 def command(*words: str) -> list[str]:
     """A vllm command line with the suite's environment."""
-    values = {**ENV, "VLLM_CACHE_ROOT": str(CACHE / "vllm")}
-    values["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "inductor")
-    return ["env", *(f"{k}={v}" for k, v in values.items()), *CLI, *words]
+    return ["env", *(f"{k}={v}" for k, v in ENV.items()), *CLI, *words]
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Runs engine jobs, each in a fresh child of a process that has vLLM imported already.
+"""Runs engine jobs, each in a fresh child of a process that has the engine imported already.
 
-Importing vLLM costs more than starting an eager engine on a tiny checkpoint, and an engine leaves
-process-wide state behind (process groups, compile caches, environment), so every job gets a forked
-child: no second import, no leftovers. Protocol on stdin/stdout, one JSON object per line:
+Importing an engine costs more than starting it on a tiny checkpoint, and an engine leaves process-wide
+state behind (process groups, compile caches, environment), so every job gets a forked child: no second
+import, no leftovers. The one argument is the folder of a suite, whose module ``warm`` imports its engine.
+Protocol on stdin/stdout, one JSON object per line:
 
     {"job": path, "result": path, "log": path, "env": {...}, "timeout": seconds}  ->  {"exit": code}
 
@@ -69,16 +70,12 @@ def wait_child(pid: int, timeout: float) -> int:
 
 
 def main() -> None:
-    """Imports vLLM once, then serves requests until stdin closes."""
+    """Imports the engine once, then serves requests until stdin closes."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nothing that vLLM prints may reach the protocol
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    import vllm
-    import vllm.entrypoints.llm
-    import vllm.v1.engine.core
-    import vllm.v1.worker.cpu_worker
-
-    print(json.dumps({"ready": vllm.__version__}), file=answers, flush=True)
+    os.dup2(2, 1)  # nothing that an engine prints may reach the protocol
+    sys.path.insert(0, sys.argv[1])
+    warm = importlib.import_module("warm")
+    print(json.dumps({"ready": warm.VERSION}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()

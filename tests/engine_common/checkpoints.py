@@ -1,4 +1,4 @@
-"""The checkpoints that the suite serves: random ones of different shapes, and the demo model.
+"""The checkpoints that the suites serve: random ones of different shapes, and the demo model.
 
 Random checkpoints are kept under .cache/, keyed by what they are made of.
 """
@@ -7,11 +7,13 @@ import hashlib
 import inspect
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import tiny
-from engines import CACHE, REPO
+from engines import REPO, SHARED
+from shared_cache import made_once
 
 DEMO = REPO / "lfm2_plugin" / "demo" / "model"
 VOCAB = 512
@@ -99,31 +101,23 @@ def calmed(source: Path) -> Path:
     In bf16 a rounding often changes the choice of an expert of a random model, in transformers as in
     an engine, and the answer with it; here it rarely can, so that bf16 may be held to a narrow bound.
     """
+
+    def enlarge(tensors):
+        for name in [n for n in tensors if n.endswith("expert_bias")]:
+            tensors[name] = tensors[name] * 10
+
     folder = source.with_name(f"{source.name}{CALM}")
-    if not folder.exists():
-
-        def enlarge(tensors):
-            for name in [n for n in tensors if n.endswith("expert_bias")]:
-                tensors[name] = tensors[name] * 10
-
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        altered(source, partial, enlarge).rename(folder)
-    return folder
+    return made_once(folder, lambda partial: altered(source, partial, enlarge))
 
 
 def made(recipe: dict[str, Any]) -> Path:
-    source = inspect.getsource(tiny)
-    key = hashlib.sha256((json.dumps(recipe, sort_keys=True) + source).encode()).hexdigest()[:16]
-    folder = CACHE / "checkpoints" / key
-    if not (folder / "config.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        tiny.make_checkpoint(partial, recipe["seed"], **recipe["spec"])
-        partial.rename(folder)
-    return folder
+    """The folder of a random checkpoint. Transformers writes its version into it, so that is in the key."""
+    parts = (json.dumps(recipe, sort_keys=True), inspect.getsource(tiny), version("transformers"))
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return made_once(
+        SHARED / "checkpoints" / key,
+        lambda partial: tiny.make_checkpoint(partial, recipe["seed"], **recipe["spec"]),
+    )
 
 
 def altered(source: Path, target: Path, change=None, config: dict[str, Any] | None = None) -> Path:

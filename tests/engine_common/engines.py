@@ -10,22 +10,10 @@ from typing import Any
 
 HERE = Path(__file__).parent
 REPO = HERE.parents[1]
-# A cache for each environment, so that the suite may run in two of them side by side.
-CACHE = REPO / ".cache" / "tests" / Path(sys.prefix).name
-
-# One thread per engine: two engines may run side by side, and the order of float additions is fixed.
-BASE_ENV = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two workers on one NUMA node
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_USE_AOT_COMPILE": "0",  # its artefacts fail to load back on the CPU: compiles every time
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # lets a test run a function on the workers' models
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "INFO",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+# What is made of content alone is shared by all environments; what an engine leaves is not, so that
+# the suite may run in two environments side by side.
+SHARED = REPO / ".cache" / "tests"
+CACHE = SHARED / Path(sys.prefix).name
 BUILTIN = {"LFM2_PLUGIN": "off"}
 
 
@@ -46,21 +34,27 @@ class Outcome:
 
 
 class EngineServer:
-    """A process with vLLM imported that forks one child a job."""
+    """A process with an engine imported that forks one child a job.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: takes the files of the jobs and the logs.
+        suite: the folder whose ``warm`` imports the engine, and that the jobs' modules are in.
+        env: added to the environment of every job.
+    """
+
+    def __init__(self, folder: Path, suite: Path, env: dict[str, str]):
         self.folder = folder
+        self.suite = suite
+        self.env = env
         self.count = 0
         self.process: subprocess.Popen | None = None
         self.version = ""
 
     def start(self) -> None:
-        env = {**os.environ, **BASE_ENV, "VLLM_CACHE_ROOT": str(CACHE / "vllm")}
-        env["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "inductor")
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "engine_fork.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=self.folder,
-            stderr=(self.folder / "fork_server.log").open("w"),
+            [sys.executable, str(HERE / "engine_fork.py"), str(self.suite)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=self.folder,
+            stderr=(self.folder / "fork_server.log").open("w"), env={**os.environ, **self.env},
         )  # fmt: skip
         ready = self.process.stdout.readline()
         assert ready, (self.folder / "fork_server.log").read_text()

@@ -1,17 +1,21 @@
 """What transformers says: greedy continuations, and per step how clear each decision was.
 
 Everything is computed in one process without an engine, once per content (checkpoint bytes, prompts,
-dtype, length), and kept under .cache/ so that both engine versions are held to the same reference.
+dtype, length, version of transformers), and kept under .cache/: so vLLM and SGLang are held to the same
+reference, and what gives its tokens in one gives them in the other.
 """
 
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from engines import CACHE
+from engines import SHARED
+from shared_cache import computed_once
 
 BATCH_TOKENS = 4096  # tokens of one prefill batch
 
@@ -30,13 +34,18 @@ class Greedy:
 
 
 def fingerprint(folder: Path, *parts: object) -> str:
-    """Hash of the checkpoint's config and weights, and of the other parts."""
+    """Hash of the checkpoint's config and weights, transformers' version, and the other parts."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.suffix == ".safetensors" or path.name == "config.json":
             digest.update(path.name.encode() + path.read_bytes())
-    digest.update(json.dumps(parts).encode())
+    digest.update(json.dumps([version("transformers"), *parts]).encode())
     return digest.hexdigest()[:24]
+
+
+def remembered(compute: Callable[[], list], folder: Path, *parts: object) -> list:
+    """What ``compute`` gave for a checkpoint and the other parts, computed once."""
+    return computed_once(SHARED / "reference" / f"{fingerprint(folder, *parts)}.json", compute)
 
 
 def load(folder: Path, dtype: torch.dtype):
@@ -85,21 +94,21 @@ def score(model, ids: torch.Tensor, tail: int) -> tuple[torch.Tensor, torch.Tens
 
 def greedy(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[Greedy]:
     """float32 greedy continuations; decoding with the cache must equal one plain forward."""
-    path = CACHE / "reference" / f"{fingerprint(folder, 'greedy', prompts, new_tokens)}.json"
-    if path.exists():
-        return [Greedy(**row) for row in json.loads(path.read_text())]
-    model = load(folder, torch.float32)
-    rows: list[Greedy | None] = [None] * len(prompts)
-    for group in batches(prompts):
-        ids = torch.tensor([prompts[i] for i in group])
-        made = decode(model, ids, new_tokens)
-        choice, margin, logprob = score(model, torch.cat([ids, made], 1), new_tokens)
-        assert torch.equal(choice, made), "transformers disagrees with itself: decode and forward"
-        for row, index in enumerate(group):
-            rows[index] = Greedy(*(x[row].tolist() for x in (made, logprob, margin)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(row) for row in rows]))
-    return rows
+
+    def compute() -> list[dict]:
+        model = load(folder, torch.float32)
+        rows: list[dict] = [{}] * len(prompts)
+        for group in batches(prompts):
+            ids = torch.tensor([prompts[i] for i in group])
+            made = decode(model, ids, new_tokens)
+            choice, margin, logprob = score(model, torch.cat([ids, made], 1), new_tokens)
+            assert torch.equal(choice, made), "transformers disagrees with itself: decode, forward"
+            for row, index in enumerate(group):
+                rows[index] = asdict(Greedy(*(x[row].tolist() for x in (made, logprob, margin))))
+        return rows
+
+    rows = remembered(compute, folder, "greedy", prompts, new_tokens)
+    return [Greedy(**row) for row in rows]
 
 
 @dataclass
@@ -114,16 +123,15 @@ def teacher_forced(
     folder: Path, texts: list[list[int]], tail: int, dtype: torch.dtype
 ) -> list[Forced]:
     """One forward of each text in the given dtype; the last ``tail`` tokens are looked at."""
-    key = fingerprint(folder, "forced", texts, tail, str(dtype))
-    path = CACHE / "reference" / f"{key}.json"
-    if path.exists():
-        return [Forced(**row) for row in json.loads(path.read_text())]
-    model = load(folder, dtype)
-    rows: list[Forced | None] = [None] * len(texts)
-    for group in batches(texts):
-        choice, _, logprob = score(model, torch.tensor([texts[i] for i in group]), tail)
-        for row, index in enumerate(group):
-            rows[index] = Forced(choice[row].tolist(), logprob[row].tolist())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(row) for row in rows]))
-    return rows
+
+    def compute() -> list[dict]:
+        model = load(folder, dtype)
+        rows: list[dict] = [{}] * len(texts)
+        for group in batches(texts):
+            choice, _, logprob = score(model, torch.tensor([texts[i] for i in group]), tail)
+            for row, index in enumerate(group):
+                rows[index] = asdict(Forced(choice[row].tolist(), logprob[row].tolist()))
+        return rows
+
+    rows = remembered(compute, folder, "forced", texts, tail, str(dtype))
+    return [Forced(**row) for row in rows]

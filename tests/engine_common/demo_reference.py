@@ -1,11 +1,8 @@
 """The demo model's answers to its own questions in transformers, float32."""
 
-import json
-
 import torch
 from checkpoints import DEMO
-from engines import CACHE
-from hf_reference import fingerprint, load
+from hf_reference import load, remembered
 
 from lfm2_plugin.demo.tasks import Question, is_right, questions
 
@@ -26,25 +23,23 @@ def answers(asked: list[Question]) -> list[str]:
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO, padding_side="left")
     prompts = [prompt_ids(tokenizer, q) for q in asked]
-    path = (
-        CACHE / "reference" / f"{fingerprint(DEMO, 'answers to eos', prompts, LONGEST_ANSWER)}.json"
-    )
-    if path.exists():
-        return json.loads(path.read_text())
-    model = load(DEMO, torch.float32)
-    texts = [""] * len(asked)
-    order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
-        padded = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_tensors="pt")
-        made = model.generate(**padded, max_new_tokens=LONGEST_ANSWER, do_sample=False)
-        new = made[:, padded["input_ids"].shape[1] :]
-        for index, ids in zip(rows, new.tolist(), strict=True):
-            end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
-            texts[index] = tokenizer.decode(ids[:end], skip_special_tokens=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(texts))
-    return texts
+
+    def compute() -> list[str]:
+        model = load(DEMO, torch.float32)
+        texts = [""] * len(asked)
+        order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            padded = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_tensors="pt")
+            made = model.generate(**padded, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+            new = made[:, padded["input_ids"].shape[1] :].tolist()
+            for index, ids in zip(rows, new, strict=True):
+                ends = tokenizer.eos_token_id in ids
+                end = ids.index(tokenizer.eos_token_id) if ends else len(ids)
+                texts[index] = tokenizer.decode(ids[:end], skip_special_tokens=False)
+        return texts
+
+    return remembered(compute, DEMO, "answers to eos", prompts, LONGEST_ANSWER)
 
 
 def score(asked: list[Question], texts: list[str]) -> int:
