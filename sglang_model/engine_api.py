@@ -66,8 +66,16 @@ NAMES = {
     "UnquantizedLinearMethod": "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod",
     "VocabParallelEmbedding": ("sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding"),
     "add_prefix": "sglang.srt.utils:add_prefix",
+    "can_dispatch_fused_lfm_short_conv": (
+        "sglang.kernels.ops.mamba.lfm_short_conv:can_dispatch_fused_lfm_short_conv"
+    ),
+    "causal_conv1d_fn": "sglang.srt.layers.attention.mamba.causal_conv1d:causal_conv1d_fn",
+    "causal_conv1d_update": "sglang.srt.layers.attention.mamba.causal_conv1d:causal_conv1d_update",
     "default_weight_loader": "sglang.srt.model_loader.weight_utils:default_weight_loader",
     "generate_sequence_lengths": "sglang.srt.lora.utils:generate_sequence_lengths",
+    "fused_lfm_short_conv_decode": (
+        "sglang.kernels.ops.mamba.lfm_short_conv:fused_lfm_short_conv_decode"
+    ),
     "get_attn_backend": "sglang.srt.model_executor.forward_context:get_attn_backend",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
     "make_layers": "sglang.srt.utils:make_layers",
@@ -334,11 +342,7 @@ def conv_batch_from(
             num_prefills=0,
             num_prefill_tokens=0,
         )
-    offsets = checkpoints = None
-    aligned = forward_batch.mamba_track_aligned_lens()
-    if aligned is not None and forward_batch.mamba_track_indices is not None:
-        offsets = aligned.masked_fill(~forward_batch.mamba_track_mask, 0)
-        checkpoints = forward_batch.mamba_track_indices
+    offsets, checkpoints = tracked_prefills(forward_batch) or (None, None)
     return ConvBatch(
         slots=slots,
         query_start=query_start,
@@ -350,6 +354,17 @@ def conv_batch_from(
         checkpoint_offsets=offsets,
         checkpoint_slots=checkpoints,
     )
+
+
+def tracked_prefills(forward_batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """After how many tokens of its query each sequence's state is kept for the prefix cache, 0 for none, and in which
+    slots, (S,) each; None in a step that keeps none.
+    """
+    aligned = forward_batch.mamba_track_aligned_lens()
+    if aligned is None or forward_batch.mamba_track_indices is None:
+        return None
+    offsets = aligned.masked_fill(~forward_batch.mamba_track_mask, 0)
+    return offsets, forward_batch.mamba_track_indices
 
 
 def _extended_tokens(query_start: torch.Tensor, forward_batch: ForwardBatch) -> int:
