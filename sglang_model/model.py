@@ -159,6 +159,10 @@ class Lfm2MoeForCausalLM(nn.Module):
     packed_modules_mapping = {  # noqa: RUF012  (SGLang reads it from the class)
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "w13": ["w1", "w3"],
+        # By these names SGLang looks up how the experts are quantised.
+        "gate_proj": ["w1"],
+        "up_proj": ["w3"],
+        "down_proj": ["w2"],
     }
 
     def __init__(
