@@ -23,12 +23,21 @@ import torch
 
 from lfm2_plugin.conv_batch import ConvBatch
 from lfm2_plugin.dispatch import implementation
+from lfm2_plugin.ops.short_conv.drafts import branches, chain, short_conv_drafts, tree
 from lfm2_plugin.ops.short_conv.naive import short_conv_naive
 from lfm2_plugin.ops.short_conv.native import short_conv_native
 
 _IMPLEMENTATIONS = {"naive": short_conv_naive, "native": short_conv_native}
 
-__all__ = ["short_conv", "short_conv_naive", "short_conv_native"]
+__all__ = [
+    "branches",
+    "chain",
+    "short_conv",
+    "short_conv_drafts",
+    "short_conv_naive",
+    "short_conv_native",
+    "tree",
+]
 
 
 def short_conv(
