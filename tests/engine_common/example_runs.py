@@ -1,0 +1,54 @@
+"""The examples and ``lfm2 demo`` as a user runs them, in the environment of the running Python."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lfm2_plugin.cli.server import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+BIN = Path(sys.executable).parent
+SWITCHES = ("LFM2_PLUGIN", "VLLM_PLUGINS", "SGLANG_PLUGINS")
+
+
+def environment() -> dict[str, str]:
+    variables = {k: v for k, v in os.environ.items() if k not in SWITCHES}
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return {**variables, "PATH": path, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_COLOR": "0"}
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    """The standard output of a command that has to succeed."""
+    done = subprocess.run(
+        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=1500
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@contextlib.contextmanager
+def kept_demo() -> Iterator[tuple[str, str]]:
+    """``lfm2 demo --keep``: its address and what it printed until it waited; killed at the end."""
+    port, printed = free_port(), []
+    process = subprocess.Popen(
+        [BIN / "lfm2", "demo", "--keep", "--port", str(port)],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        for line in process.stdout:
+            printed.append(line)
+            if "Ctrl-C stops it" in line:
+                break
+        else:
+            pytest.fail("lfm2 demo ended early:\n" + "".join(printed))
+        yield f"http://127.0.0.1:{port}", "".join(printed)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
