@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from .config import Lfm2MoeConfig
-from .engine_api import register_hybrid_model, register_model_override, resolving_view
+from .engine_api import (
+    conv_state_dtype_of_user,
+    declare_resolution,
+    model_config_of,
+    register_hybrid_model,
+    register_resolution_hook,
+    resolving_view,
+)
+from .memory import memory_options
 
 ARCHITECTURE = "Lfm2MoeForCausalLM"
 STATE_BACKEND = "sglang_model.conv_state.ConvStateBackend"
-
-REQUEST_TOKENS = 1536
-"""The request that memory is divided for: 1,024 tokens of prompt and 512 of answer, Liquid's own measure."""
-SLOTS_PER_REQUEST = 5
-"""State slots that SGLang reckons with for a request: running, two snapshots in turn, and two in the prefix cache."""
-TRACK_INTERVAL = 16
-"""Decoded tokens between two snapshots. SGLang's 256 is meant for states of megabytes; these are 240 KiB (24B)."""
+LAST_STEP = "handle_model_capability_adjustments"
+"""The step of SGLang's resolution of options after which everything that our defaults depend on is settled."""
 
 _declared = False
 
@@ -27,26 +31,24 @@ def declare() -> None:
         return
     _declared = True
     register_hybrid_model(Lfm2MoeConfig, ARCHITECTURE, STATE_BACKEND)
-    register_model_override(ARCHITECTURE)(server_defaults)
+    register_resolution_hook(LAST_STEP)(settle_memory)
 
 
-def server_defaults(server_args: Any, hf_config: Any) -> dict[str, Any]:
+def settle_memory(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Options that SGLang leaves at values made for other models; what the user says stays.
 
-    SGLang's default gives 47 % of the memory to states, enough for 38 times the requests whose keys and values fit into
-    the rest.
+    Not a model override (``register_model_override``): these come before the number of requests is settled, and may not
+    set the number of slots.
+
+    Raises:
+        UnsupportedConfig: the model's configuration is not one of LFM2-MoE.
     """
+    previous(server_args)
+    model = model_config_of(server_args)
+    if not isinstance(model.hf_config, Lfm2MoeConfig):
+        return
+    state_dtype = conv_state_dtype_of_user() or model.dtype
     options = resolving_view(server_args)
-    chosen: dict[str, Any] = {}
-    if options.mamba_full_memory_ratio is None:
-        chosen["mamba_full_memory_ratio"] = state_memory_ratio(hf_config)
-    return chosen
-
-
-def state_memory_ratio(config: Lfm2MoeConfig) -> float:
-    """Bytes of state for each byte of keys and values, such that both last for the same number of requests."""
-    params = config.mamba2_cache_params
-    arch = config.arch
-    state = SLOTS_PER_REQUEST * params.mamba_cache_per_req
-    keys_and_values = REQUEST_TOKENS * arch.kv_bytes_per_token(params.dtype.conv)
-    return round(state / max(keys_and_values, 1), 4)
+    chosen = memory_options(options, model.hf_config.arch, model.dtype, state_dtype)
+    if chosen:
+        declare_resolution(server_args, "lfm2-plugin", **chosen)

@@ -71,6 +71,7 @@ NAMES = {
     ),
     "causal_conv1d_fn": "sglang.srt.layers.attention.mamba.causal_conv1d:causal_conv1d_fn",
     "causal_conv1d_update": "sglang.srt.layers.attention.mamba.causal_conv1d:causal_conv1d_update",
+    "declare_resolution": "sglang.srt.arg_groups.overrides:declare_resolution",
     "default_weight_loader": "sglang.srt.model_loader.weight_utils:default_weight_loader",
     "generate_sequence_lengths": "sglang.srt.lora.utils:generate_sequence_lengths",
     "fused_lfm_short_conv_decode": (
@@ -79,7 +80,8 @@ NAMES = {
     "get_attn_backend": "sglang.srt.model_executor.forward_context:get_attn_backend",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
     "make_layers": "sglang.srt.utils:make_layers",
-    "register_model_override": "sglang.srt.arg_groups.overrides:register_model_override",
+    "model_config_of": "sglang.srt.arg_groups.overrides:model_config_of",
+    "register_resolution_hook": "sglang.srt.arg_groups.resolution_hooks:register_resolution_hook",
     "replace_submodule": "sglang.srt.utils:replace_submodule",
     "resolving_view": "sglang.srt.arg_groups.overrides:resolving_view",
     "sglang_version": "sglang.version:__version__",
