@@ -1,15 +1,16 @@
 """SGLang as it is, made to run on a CPU: what the plugin's SGLang side is measured against.
 
 Stock SGLang serves no LFM2-MoE on a CPU without ``sgl_kernel``: its scheduler doesn't start, and the built-in model's
-convolution is a Triton kernel. Here is the least that lets it: a platform that says it is a CPU and keeps all of SGLang's
-torch code (attention, experts, linears), and the convolution in torch, state and all. SGLang finds it as a plugin, through a
-folder of metadata on the path (:func:`environment`).
+convolution is a Triton kernel. Here is the least that lets it: a platform that says it is a CPU and keeps all of
+SGLang's torch code (attention, experts, linears), and the convolution in torch, state and all. SGLang finds it as a
+plugin, through a folder of metadata on the path (:func:`environment`).
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -26,14 +27,26 @@ _CONV = "sglang.srt.layers.attention.mamba.causal_conv1d"
 
 def environment() -> dict[str, str]:
     """The variables with which SGLang runs as described, with its built-in model."""
-    folder = Path(tempfile.mkdtemp(prefix="stock-sglang-"))
-    metadata = folder / f"{NAME}-0.dist-info"
+    return {"LFM2_PLUGIN": "off"} | platform_environment(NAME, ENTRY_POINTS)
+
+
+def platform_environment(name: str, entry_points: str) -> dict[str, str]:
+    """The variables with which SGLang runs on the platform ``name``.
+
+    SGLang then skips the plugins of every distribution with another platform, ours among them.
+
+    Args:
+        name: of the platform, and of a distribution that is made up for it.
+        entry_points: of that distribution, as in a file ``entry_points.txt``.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    metadata = folder / f"{name}-0.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 0\n")
-    (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text(entry_points)
     root = Path(__file__).resolve().parents[1]
     path = os.pathsep.join([str(folder), str(root), os.environ.get("PYTHONPATH", "")])
-    return {"LFM2_PLUGIN": "off", "SGLANG_PLATFORM": NAME, "PYTHONPATH": path}
+    return {"SGLANG_PLATFORM": name, "PYTHONPATH": path}
 
 
 def platform() -> str:
@@ -64,7 +77,7 @@ def prefill(
     out = torch.empty_like(x)
     starts = query_start_loc.tolist()
     K = weight.shape[1]
-    for index, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for index, (start, end) in enumerate(pairwise(starts)):
         state = conv_states[cache_indices[index]]
         history = state if has_initial_state[index] else torch.zeros_like(state)
         values = torch.cat([history.to(x.dtype), x[:, start:end]], dim=1)
