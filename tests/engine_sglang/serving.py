@@ -1,0 +1,26 @@
+"""``python -m sglang.launch_server`` for the length of a block."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine_env import ENV
+
+from lfm2_plugin.cli.server import free_port, serving
+
+CLI = [sys.executable, "-m", "sglang.launch_server"]
+
+
+@contextmanager
+def served(
+    model: Path, options: list[str], log: Path, timeout: float = 300, **environment: str
+) -> Iterator[str]:
+    """Base address of a server for ``model``, which it knows under the name "model"."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    words = ["--model-path", str(model), "--port", str(port), "--served-model-name", "model"]
+    values = [f"{name}={value}" for name, value in {**ENV, **environment}.items()]
+    command = ["env", *values, *CLI, *words, *options]
+    with serving(command, url, log, timeout, lambda line: None):
+        yield url

@@ -1,0 +1,145 @@
+"""The radix cache gives the same tokens, and hits: several turns, shared beginnings, branches, eviction."""
+
+import pytest
+import torch
+from conversations import ANSWER, answered, clear, conversations, shared_beginnings
+from references import Case, assert_same, cases
+from tolerances import BOUNDS
+
+from sglang_model.config import SNAPSHOT_GRID
+
+pytestmark = pytest.mark.engine
+
+FLOAT = {"dtype": "float32"}
+PARAMS = {"max_new_tokens": ANSWER}
+
+
+def hits(outputs: list[dict]) -> int:
+    return sum(out["cached"] > 0 for out in outputs)
+
+
+def ask(asked: list[Case], **options) -> dict:
+    return {"prompts": [c.prompt for c in asked], "params": PARAMS, **options}
+
+
+NO_OVERLAP = {"disable_overlap_schedule": True}
+SNAPSHOTS = {"mamba_radix_cache_strategy": "extra_buffer"}
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy"),
+    [
+        ({}, "extra_buffer"),  # what a user gets without asking for anything
+        (NO_OVERLAP, "no_buffer"),
+        ({**NO_OVERLAP, **SNAPSHOTS}, "extra_buffer"),
+    ],
+    ids=["default", "no overlap", "no overlap but snapshots"],
+)
+@pytest.mark.parametrize("model", ["alpha", "beta"])
+def test_turns_and_shared_beginnings(run, model, options, strategy):
+    """In one engine: five turns of twelve conversations, then a shared system prompt, alone and
+    together, then the 200 prompts twice, when the second time finds the first's states."""
+    talks = conversations(model, turns=5, count=12)
+    shared = shared_beginnings(model, common=512, count=24)
+    turns = [ask([t[i] for t in talks]) for i in range(5)]
+    everything = {"prompts": [c.prompt for c in cases(model)]}
+    steps = [*turns, ask(shared[:8], alone=True), ask(shared), everything, everything]
+    answer = run(model, {**FLOAT, **options}, steps)
+    result = answer["steps"]
+    assert answer["options"]["mamba_radix_cache_strategy"] == strategy
+    assert answer["options"]["disable_overlap_schedule"] is bool(options)
+    assert answer["loop"] == ("normal" if options else "overlap")
+    for i in range(5):
+        assert_same(result[i], [t[i] for t in talks])
+    assert_same(result[5], shared[:8])
+    assert_same(result[6], shared)
+    assert_same(result[7], cases(model))
+    assert_same(result[8], cases(model))
+    for i in range(1, 5):
+        for out, talk in zip(result[i], talks, strict=True):
+            said = len(talk[i - 1].prompt)
+            assert out["cached"] >= (said - 1) // SNAPSHOT_GRID * SNAPSHOT_GRID
+    assert hits(result[8]) > hits(result[7])
+    if strategy == "extra_buffer":
+        # The first of the shared prompts finds nothing, the second leaves what the third one finds.
+        assert min(out["cached"] for out in result[5][2:]) >= 512 - SNAPSHOT_GRID
+        assert hits(result[6]) == len(shared)
+
+
+def test_off(run):
+    """Nothing is ever found; the tokens are the same."""
+    step = ask(shared_beginnings("alpha", common=512, count=24))
+    shared = shared_beginnings("alpha", common=512, count=24)
+    answer = run("alpha", {**FLOAT, "disable_radix_cache": True}, [step, step])
+    assert answer["loop"] == "overlap"
+    for outputs in answer["steps"]:
+        assert_same(outputs, shared)
+        assert hits(outputs) == 0
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["chunked", "mixed"])
+@pytest.mark.parametrize("size", [16, 64, 256])
+def test_chunked_prefill_with_cache(run, size, mixed):
+    engine = {**FLOAT, "chunked_prefill_size": size, "enable_mixed_chunk": mixed}
+    step = {"prompts": [c.prompt for c in cases("alpha")]}
+    result = run("alpha", engine, [step, step])["steps"]
+    assert_same(result[0], cases("alpha"))
+    assert_same(result[1], cases("alpha"))
+    assert hits(result[1]) > 100
+
+
+def branches(model: str) -> list[Case]:
+    """Prompts that leave a 700-token one at every depth from 20 to 680, with 40 tokens of their own."""
+    trunk = next(c.prompt for c in cases(model) if len(c.prompt) == 700)
+    other = next(c.prompt for c in cases(model) if len(c.prompt) == 1000)
+    asked = [trunk[:depth] + other[depth : depth + 40] for depth in range(20, 700, 33)]
+    return [c for c in answered(model, asked) if clear(c)]
+
+
+@pytest.mark.parametrize("model", ["alpha", "beta"])
+def test_branches_in_the_middle_of_a_prompt(run, model):
+    """The second that leaves at a depth finds the snapshot that the first left there, and so no more."""
+    trunk = [c for c in cases(model) if len(c.prompt) == 700]
+    asked = branches(model)
+    assert len(asked) > 15
+    steps = [{"prompts": [c.prompt for c in trunk]}, ask(asked, alone=True), ask(asked, alone=True)]
+    result = run(model, FLOAT, steps)["steps"]
+    assert_same(result[0], trunk)
+    assert_same(result[1], asked)
+    assert_same(result[2], asked)
+    for out, case in zip(result[2], asked, strict=True):
+        assert len(case.prompt) - 40 - SNAPSHOT_GRID <= out["cached"] < len(case.prompt)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_hit_changes_no_logprob(run, dtype):
+    """The same prompt, cold and from the cache: equal tokens, logprobs equal to rounding."""
+    asked = shared_beginnings("alpha", common=256, count=16)
+    step = {**ask(asked, alone=True), "params": {**PARAMS, "logprobs": 0}}
+    cold, warm = run("alpha", {"dtype": dtype}, [step, step])["steps"]
+    assert hits(warm) == len(asked)
+    noise = BOUNDS["engine_logprob", getattr(torch, dtype)].atol
+    for first, second in zip(cold, warm, strict=True):
+        if dtype == "float32":
+            assert first["tokens"] == second["tokens"]
+        assert first["logprobs"][0] == pytest.approx(second["logprobs"][0], abs=noise)
+
+
+@pytest.mark.parametrize(
+    "scarce",
+    [{"max_total_tokens": 2600}, {"max_mamba_cache_size": 48, "max_running_requests": 8}],
+    ids=["tokens", "states"],
+)
+def test_eviction_under_pressure(run, scarce):
+    """Room for three of these prompts, or for few states: evicted all the time, and hits happen."""
+    asked = [c for c in cases("alpha") if 96 <= len(c.prompt) <= 700]
+    last = asked[-3:]
+    order = [asked, last, last, asked, last, last]
+    steps = [{"prompts": [c.prompt for c in some]} for some in order]
+    engine = {**FLOAT, "context_length": 1024, **scarce}
+    result = run("alpha", engine, steps)["steps"]
+    for outputs, some in zip(result, order, strict=True):
+        assert_same(outputs, some)
+    assert hits(result[2]) > 0  # what came last is still there
+    assert hits(result[5]) > 0
+    assert hits(result[3]) < len(asked) / 2  # what came first is not
