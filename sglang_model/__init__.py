@@ -5,9 +5,11 @@
 - ``config.py``: what SGLang asks a hybrid model's config for; ``defaults.py``: the server's options for this model.
 - ``memory.py``: how memory is divided between conv states and keys and values.
 - ``weights.py``: loading. ``lora.py``: adapters. ``support.py``: what is refused, and why.
-- ``cpu_platform.py``: SGLang on a machine without an accelerator; ``cpu_attention.py``, ``cpu_experts.py``,
-  ``cpu_linear.py``: the batched code that it runs there.
-- ``engine_api.py``: the one file that imports SGLang. ``entry/``: what SGLang's model registry imports.
+- ``speculation.py``: options of n-gram drafts.
+- ``cpu_platform.py``: SGLang on a machine without an accelerator; ``cpu_*.py``: what it runs there in place of SGLang's
+  own, among it ``cpu_lora.py`` and ``cpu_speculation.py``, whose drafts ``prompt_lookup.py`` makes.
+- ``engine_api.py``: the one file that imports SGLang, by the table of ``engine_names.py``.
+  ``entry/``: what SGLang's model registry imports.
 """
 
 SUPPORTED = ("0.5.22", "0.5.23")

@@ -4,6 +4,9 @@ SGLang's prefix cache keeps states in one of two ways. With "no_buffer" it takes
 request has ended or left its prompt, which forbids the overlap scheduler, since the next step may have moved the state on
 by then. With "extra_buffer" the model itself copies its states into slots that the scheduler names (it "tracks" them):
 after a piece of prompt at a place on a grid, while decoding every so many tokens. That is what is done here.
+
+Drafts move no state on. Each leaves the state that it would be in the pool's "intermediate windows", and when SGLang
+has decided which stand, the last of them is copied to the slot, and to a snapshot's where one is due.
 """
 
 from __future__ import annotations
@@ -13,10 +16,16 @@ from typing import Any
 import torch
 
 from lfm2_plugin.conv_batch import ConvBatch
-from lfm2_plugin.ops.short_conv import short_conv
+from lfm2_plugin.ops.short_conv import branches, chain, short_conv, short_conv_drafts, tree
 
 from . import gpu_conv
-from .engine_api import ForwardBatch, ShortConvAttnBackend, conv_batch_from, tracked_prefills
+from .engine_api import (
+    ForwardBatch,
+    ShortConvAttnBackend,
+    ShortConvHybridAttnBackend,
+    conv_batch_from,
+    tracked_prefills,
+)
 
 
 class ConvStateBackend(ShortConvAttnBackend):
@@ -28,13 +37,15 @@ class ConvStateBackend(ShortConvAttnBackend):
         super().__init__(model_runner)
         self._batch: ConvBatch | None = None
         self._tracked: torch.Tensor | None = None  # rows of this decode step whose state is copied
+        self._seen: torch.Tensor | None = None  # what the drafts of this step see
+        self._first_layer = min(self.req_to_token_pool.mamba_map)
         self._last_layer = max(self.req_to_token_pool.mamba_map)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Once a step, before any layer."""
         super().init_forward_metadata(forward_batch)
         mode = forward_batch.forward_mode
-        if mode.is_idle() or torch.device(self.device).type != "cpu":
+        if mode.is_idle() or mode.is_target_verify() or torch.device(self.device).type != "cpu":
             self._batch = self._tracked = None
             return
         self._batch = conv_batch_from(
@@ -55,6 +66,10 @@ class ConvStateBackend(ShortConvAttnBackend):
     ) -> torch.Tensor:
         """Convolve a layer's B, C, x (T, 3D) into (T, D), and move the layer's states on."""
         cache = self.req_to_token_pool.mamba2_layer_cache(layer_id)
+        if forward_batch.forward_mode.is_target_verify():
+            if layer_id == self._first_layer:
+                self._seen = self._make_seen(bcx.shape[0], weight.shape[1], forward_batch)
+            return self._convolve_drafts(cache, bcx, weight, bias)
         if bcx.device.type != "cpu":
             return self._convolve_on_gpu(layer_id, cache, bcx, weight, bias, forward_batch)
         out = short_conv(bcx, weight, bias, cache.conv[0], self._batch)
@@ -68,6 +83,55 @@ class ConvStateBackend(ShortConvAttnBackend):
         sources = self._cache_indices[self._tracked]
         targets = forward_batch.mamba_track_indices[self._tracked]
         pool[:, targets] = pool[:, sources]
+
+    def _make_seen(self, tokens: int, width: int, forward_batch: ForwardBatch) -> torch.Tensor:
+        """What each draft sees (S, q, K): its branch of the tree, or the drafts before it where SGLang gives no tree.
+
+        Made in the first layer, not before the step, so that a captured graph makes it anew each time.
+        """
+        if forward_batch.spec_info.ragged_verify_layout is not None:
+            raise ValueError(
+                "LFM2-MoE's convolutions can't be served with SGLANG_RAGGED_VERIFY_MODE=compact; set it to static."
+            )
+        sequences = self._cache_indices.shape[0]
+        links = self.forward_metadata
+        if links.retrieve_next_token is None:
+            before = chain(sequences, tokens // sequences, self._cache_indices.device)
+        else:
+            before = tree(links.retrieve_next_token.long(), links.retrieve_next_sibling.long())
+        return branches(before, width)
+
+    def _convolve_drafts(
+        self, cache: Any, bcx: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As :meth:`convolve` on S * q drafts, whose states go to the first S rows of the windows."""
+        assert self._seen is not None  # the first layer has made it
+        sequences, drafts, _ = self._seen.shape
+        history = cache.conv[0][self._cache_indices.long()]
+        out, states = short_conv_drafts(bcx, weight, bias, history, self._seen)
+        cache.intermediate_conv_window[0][:sequences, :drafts] = states
+        return out
+
+    def keep_drafts(
+        self,
+        last: torch.Tensor,
+        snapshot_slots: torch.Tensor | None,
+        snapshot_drafts: torch.Tensor | None,
+    ) -> None:
+        """Move the states on to the last draft that stands, all layers at once.
+
+        Args:
+            last: (S,) which draft it is.
+            snapshot_slots: (S,) where a snapshot goes; None if none are kept.
+            snapshot_drafts: (S,) after which draft it is taken, -1 for none; None if none are kept.
+        """
+        cache = self.req_to_token_pool.get_speculative_mamba2_params_all_layers()
+        pool, windows = cache.conv[0], cache.intermediate_conv_window[0]  # (layers, slots, ...)
+        rows = torch.arange(last.shape[0], device=last.device)
+        pool[:, self._cache_indices] = windows[:, rows, last.long()]
+        if snapshot_slots is not None and snapshot_drafts is not None:
+            due = (snapshot_drafts >= 0) & (snapshot_slots >= 0)
+            pool[:, snapshot_slots[due]] = windows[:, rows[due], snapshot_drafts[due].long()]
 
     def _convolve_on_gpu(
         self,
@@ -94,4 +158,32 @@ class ConvStateBackend(ShortConvAttnBackend):
             self.forward_metadata.query_start_loc,
             self._has_initial_state,
             tracked_prefills(forward_batch),
+        )
+
+
+class ConvHybridBackend(ShortConvHybridAttnBackend):
+    """SGLang's pair of the attention backend and the backend above."""
+
+    short_conv_backend: ConvStateBackend
+
+    def update_mamba_state_after_mtp_verify(
+        self,
+        last_correct_step_indices: torch.Tensor,
+        mamba_track_indices: torch.Tensor | None,
+        mamba_steps_to_track: torch.Tensor | None,
+        model: Any,
+        req_pool_indices: torch.Tensor | None = None,
+    ) -> None:
+        """SGLang has decided which drafts stand; its own copy of their states is a Triton kernel."""
+        if last_correct_step_indices.device.type == "cpu":
+            self.short_conv_backend.keep_drafts(
+                last_correct_step_indices, mamba_track_indices, mamba_steps_to_track
+            )
+            return
+        super().update_mamba_state_after_mtp_verify(
+            last_correct_step_indices,
+            mamba_track_indices,
+            mamba_steps_to_track,
+            model,
+            req_pool_indices,
         )

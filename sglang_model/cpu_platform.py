@@ -68,6 +68,22 @@ class PortableCpuPlatform(SRTPlatform):
         server_args.disable_cuda_graph = True
         server_args.sleep_on_idle = True  # else an idle scheduler takes a whole core
 
+    def get_speculative_worker_cls(self, algorithm: str) -> type | None:
+        """Ours for n-gram drafts; SGLang refuses the algorithms that have a model for drafts."""
+        if algorithm != "NGRAM":
+            return None
+        from .cpu_speculation import NgramWorker
+
+        return NgramWorker
+
+    def get_kv_pool_cls(self, *, kind: str) -> type | None:
+        """Ours for keys and values of heads."""
+        if kind != "mha":
+            return None
+        from .cpu_kv_pool import CpuKVPool
+
+        return CpuKVPool
+
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND
 

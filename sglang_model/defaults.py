@@ -15,9 +15,11 @@ from .engine_api import (
     resolving_view,
 )
 from .memory import memory_options
+from .speculation import settle_drafts
 
 ARCHITECTURE = "Lfm2MoeForCausalLM"
 STATE_BACKEND = "sglang_model.conv_state.ConvStateBackend"
+HYBRID_BACKEND = "sglang_model.conv_state.ConvHybridBackend"
 LAST_STEP = "handle_model_capability_adjustments"
 """The step of SGLang's resolution of options after which everything that our defaults depend on is settled."""
 
@@ -30,7 +32,8 @@ def declare() -> None:
     if _declared:
         return
     _declared = True
-    register_hybrid_model(Lfm2MoeConfig, ARCHITECTURE, STATE_BACKEND)
+    register_hybrid_model(Lfm2MoeConfig, ARCHITECTURE, STATE_BACKEND, HYBRID_BACKEND)
+    register_resolution_hook("handle_speculative_decoding")(settle_drafts)
     register_resolution_hook(LAST_STEP)(settle_memory)
 
 

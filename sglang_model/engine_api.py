@@ -19,6 +19,8 @@ import torch
 
 from lfm2_plugin.conv_batch import ConvBatch
 
+from .engine_names import NAMES
+
 if TYPE_CHECKING:
     from sglang.srt.layers.moe.fused_moe_triton import FusedMoE
     from sglang.srt.layers.moe.topk import TopK
@@ -26,73 +28,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from transformers import Lfm2MoeConfig as HuggingFaceConfig
 
-NAMES = {
-    "BaseLoRABackend": "sglang.srt.lora.backend.base_backend:BaseLoRABackend",
-    "ConvCacheParams": "sglang.srt.configs.mamba_utils:Mamba2CacheParams",
-    "ForwardBatch": "sglang.srt.model_executor.forward_batch_info:ForwardBatch",
-    "FusedMoE": "sglang.srt.layers.moe.fused_moe_triton:FusedMoE",
-    "FusedMoEWithLoRA": "sglang.srt.lora.layers:FusedMoEWithLoRA",
-    "HuggingFaceConfig": "transformers:Lfm2MoeConfig",
-    "LoRAAdapter": "sglang.srt.lora.lora:LoRAAdapter",
-    "LoRAManager": "sglang.srt.lora.lora_manager:LoRAManager",
-    "LogitsProcessor": "sglang.srt.layers.logits_processor:LogitsProcessor",
-    "MergedColumnParallelLinear": "sglang.srt.layers.linear:MergedColumnParallelLinear",
-    "PPMissingLayer": "sglang.srt.layers.utils:PPMissingLayer",
-    "PPProxyTensors": "sglang.srt.model_executor.forward_batch_info:PPProxyTensors",
-    "ParallelLMHead": "sglang.srt.layers.vocab_parallel_embedding:ParallelLMHead",
-    "PlatformEnum": "sglang.srt.platforms.device_mixin:PlatformEnum",
-    "QKVParallelLinear": "sglang.srt.layers.linear:QKVParallelLinear",
-    "QuantizationConfig": "sglang.srt.layers.quantization.base_config:QuantizationConfig",
-    "RMSNorm": "sglang.srt.layers.layernorm:RMSNorm",
-    "RadixAttention": "sglang.srt.layers.radix_attention:RadixAttention",
-    "ReplicatedLinear": "sglang.srt.layers.linear:ReplicatedLinear",
-    "RowParallelLinear": "sglang.srt.layers.linear:RowParallelLinear",
-    "SRTPlatform": "sglang.srt.platforms.interface:SRTPlatform",
-    "ShortConvAttnBackend": (
-        "sglang.srt.layers.attention.linear.short_conv_backend:ShortConvAttnBackend"
-    ),
-    "SiluAndMul": "sglang.srt.layers.activation:SiluAndMul",
-    "StandardCombineInput": "sglang.srt.layers.moe.token_dispatcher:StandardCombineInput",
-    "StandardDispatchOutput": "sglang.srt.layers.moe.token_dispatcher:StandardDispatchOutput",
-    "TopK": "sglang.srt.layers.moe.topk:TopK",
-    "TopKOutputFormat": "sglang.srt.layers.moe.topk:TopKOutputFormat",
-    "TorchNativeAttnBackend": (
-        "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend"
-    ),
-    "UnquantizedEmbeddingMethod": (
-        "sglang.srt.layers.quantization.unquant:UnquantizedEmbeddingMethod"
-    ),
-    "UnquantizedFusedMoEMethod": "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod",
-    "UnquantizedLinearMethod": "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod",
-    "VocabParallelEmbedding": ("sglang.srt.layers.vocab_parallel_embedding:VocabParallelEmbedding"),
-    "add_prefix": "sglang.srt.utils:add_prefix",
-    "can_dispatch_fused_lfm_short_conv": (
-        "sglang.kernels.ops.mamba.lfm_short_conv:can_dispatch_fused_lfm_short_conv"
-    ),
-    "causal_conv1d_fn": "sglang.srt.layers.attention.mamba.causal_conv1d:causal_conv1d_fn",
-    "causal_conv1d_update": "sglang.srt.layers.attention.mamba.causal_conv1d:causal_conv1d_update",
-    "declare_resolution": "sglang.srt.arg_groups.overrides:declare_resolution",
-    "default_weight_loader": "sglang.srt.model_loader.weight_utils:default_weight_loader",
-    "generate_sequence_lengths": "sglang.srt.lora.utils:generate_sequence_lengths",
-    "fused_lfm_short_conv_decode": (
-        "sglang.kernels.ops.mamba.lfm_short_conv:fused_lfm_short_conv_decode"
-    ),
-    "get_attn_backend": "sglang.srt.model_executor.forward_context:get_attn_backend",
-    "get_parallel": "sglang.srt.runtime_context:get_parallel",
-    "make_layers": "sglang.srt.utils:make_layers",
-    "model_config_of": "sglang.srt.arg_groups.overrides:model_config_of",
-    "register_resolution_hook": "sglang.srt.arg_groups.resolution_hooks:register_resolution_hook",
-    "replace_submodule": "sglang.srt.utils:replace_submodule",
-    "resolving_view": "sglang.srt.arg_groups.overrides:resolving_view",
-    "sglang_version": "sglang.version:__version__",
-    "tensor_model_parallel_all_reduce": "sglang.srt.distributed:tensor_model_parallel_all_reduce",
-}
-"""Every name of SGLang that this package uses, and where it is there: ``module:name``."""
-
-SHORT_CONV_HYBRID = (
-    "sglang.srt.layers.attention.hybrid_linear_attn_backend.ShortConvHybridAttnBackend"
-)
-"""The pair of an attention backend and a conv state backend, by the name that SGLang looks it up with."""
+_replaced: set[str] = set()
 
 
 def __getattr__(name: str) -> Any:
@@ -105,13 +41,16 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def register_hybrid_model(config_class: type, architecture: str, state_backend: str) -> None:
+def register_hybrid_model(
+    config_class: type, architecture: str, state_backend: str, hybrid_backend: str
+) -> None:
     """Tell SGLang of a model with conv states: its config class and the backend that keeps the states.
 
     Args:
         config_class: replaces the one that SGLang reads a config.json of this model type with.
         architecture: the name in ``architectures`` of the config.
         state_backend: ``module.Class`` of the backend.
+        hybrid_backend: ``module.Class`` of the pair of an attention backend and that one.
     """
     import sglang.srt.configs.lfm2_moe  # noqa: F401  (SGLang's own registers itself first, ours after it)
     from sglang.srt.configs.linear_attn_model_registry import (
@@ -129,7 +68,7 @@ def register_hybrid_model(config_class: type, architecture: str, state_backend: 
             uses_mamba_radix_cache=True,
             support_mamba_cache=True,
             support_mamba_cache_extra_buffer=True,
-            hybrid_backend_class_name=SHORT_CONV_HYBRID,
+            hybrid_backend_class_name=hybrid_backend,
         )
     )
 
@@ -277,21 +216,14 @@ def register_cpu_lora(name: str) -> None:
         return CpuLoRABackend
 
 
-def adapters_are_served() -> bool:
-    """Whether the server takes LoRA adapters."""
-    from sglang.srt.runtime_context import get_lora
-
-    return bool(get_lora().enable_lora)
-
-
-def replace_classes(classes: dict[str, type]) -> None:
-    """Put subclasses in the place of SGLang's classes, given by their full names, in this process; once."""
+def replace_in_engine(replacements: dict[str, Any]) -> None:
+    """Put classes and functions in the place of SGLang's, given by their full names, in this process."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for name, replacement in classes.items():
-        module, _, attribute = name.rpartition(".")
-        if getattr(importlib.import_module(module), attribute) is not replacement:
+    for name, replacement in replacements.items():
+        if name not in _replaced:
             HookRegistry.register(name, replacement, HookType.REPLACE)
+            _replaced.add(name)
     HookRegistry.apply_hooks()
 
 

@@ -26,7 +26,7 @@ from .engine_api import (
     LoRAAdapter,
     LoRAManager,
     get_parallel,
-    replace_classes,
+    replace_in_engine,
     replace_submodule,
 )
 
@@ -265,7 +265,7 @@ class AdapterManager(LoRAManager):
 
 def serve_adapters() -> None:
     """Have SGLang use the two classes, in this process; the model calls it when it is built with LoRA on."""
-    replace_classes(
+    replace_in_engine(
         {
             "sglang.srt.lora.lora.LoRAAdapter": Adapter,
             "sglang.srt.lora.lora_manager.LoRAManager": AdapterManager,

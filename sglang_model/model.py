@@ -14,7 +14,7 @@ from torch import nn
 from lfm2_plugin.arch import Lfm2MoeArch
 
 from .attention import Lfm2MoeAttention
-from .config import Lfm2MoeConfig
+from .config import Lfm2MoeConfig, arch_of
 from .cpu_weights import PackedWeights
 from .engine_api import (
     ForwardBatch,
@@ -25,8 +25,8 @@ from .engine_api import (
     QuantizationConfig,
     RMSNorm,
     VocabParallelEmbedding,
-    adapters_are_served,
     add_prefix,
+    get_lora,
     get_parallel,
     make_layers,
     weights_are_dummy,
@@ -172,7 +172,7 @@ class Lfm2MoeForCausalLM(nn.Module):
         prefix: str = "",
     ) -> None:
         super().__init__()
-        self.arch = arch = Lfm2MoeArch.from_config(config)
+        self.arch = arch = arch_of(config)
         check_support(arch)
         check_files(arch, config, quant_config)
         config.use_state_dtype(torch.get_default_dtype())
@@ -195,7 +195,7 @@ class Lfm2MoeForCausalLM(nn.Module):
                 prefix=add_prefix("lm_head", prefix),
             )
         self.logits_processor = LogitsProcessor(config)
-        if adapters_are_served():
+        if get_lora().enable_lora:
             serve_adapters()
         logger.info("LFM2-MoE is served by %s.%s.", type(self).__module__, type(self).__name__)
 
