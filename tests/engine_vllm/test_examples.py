@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from example_runs import EXAMPLES, kept_demo, run
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

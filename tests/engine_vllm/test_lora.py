@@ -6,7 +6,7 @@ from hf_reference import greedy
 from references import NEW_TOKENS, Case, assert_same, cases, wrong
 from tolerances import CLEAR_MARGIN
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 LORA = {"dtype": "float32", "enable_lora": True, "max_lora_rank": 8}
 TARGETS = {

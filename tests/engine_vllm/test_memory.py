@@ -11,7 +11,7 @@ from benchmarks.models import config_of
 from lfm2_plugin.arch import Lfm2MoeArch
 from lfm2_plugin.capacity import GIB, Paging, capacity
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MODELS = ("24b", "8b", "2.5-8b")
 CASES = [replace(Case(model), **changes) for model in MODELS for changes in VARIANTS.values()]

@@ -7,7 +7,7 @@ from serving import served
 
 from lfm2_plugin.cli.server import ServerFailed
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 OURS = "vllm_model.model.Lfm2MoeForCausalLM"
 

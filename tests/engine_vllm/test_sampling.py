@@ -12,7 +12,7 @@ from tolerances import BOUNDS
 
 from lfm2_plugin.demo.tasks import questions
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 NOISE = BOUNDS["engine_logprob", torch.float32].atol
 ENGINE = {"dtype": "float32", "enable_prefix_caching": True}

@@ -11,7 +11,7 @@ from demo_reference import answers, held_out, score
 from openai_http import body, text_of
 from serving import command, served
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 OPTIONS = ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "64"]
 # Under a grammar the demo model would go on with spaces for as long as it may.
