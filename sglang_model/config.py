@@ -22,6 +22,21 @@ Our operator can leave a state after any token, but SGLang marks a place inside 
 rounding down to the grid, so two is the finest that it can name.
 """
 
+_PADDED = {
+    "num_attention_heads": "original_num_attention_heads",
+    "num_key_value_heads": "original_total_num_kv_heads",
+    "intermediate_size": "original_intermediate_size",
+    "moe_intermediate_size": "original_moe_intermediate_size",
+}
+"""What SGLang rounds up for several ranks on a CPU, and where it keeps the config's own. Our layers need no padding."""
+
+
+def arch_of(config: HuggingFaceConfig) -> Lfm2MoeArch:
+    """The checked model shape, that of the checkpoint. Raises UnsupportedConfig."""
+    values = config.to_dict()
+    values |= {name: values[kept] for name, kept in _PADDED.items() if values.get(kept)}
+    return Lfm2MoeArch.from_config(values)
+
 
 class Lfm2MoeConfig(HuggingFaceConfig):
     """The Hugging Face config with the properties that SGLang's hybrid cache reads.
@@ -35,7 +50,7 @@ class Lfm2MoeConfig(HuggingFaceConfig):
     @property
     def arch(self) -> Lfm2MoeArch:
         """The checked model shape. Raises UnsupportedConfig."""
-        return Lfm2MoeArch.from_config(self)
+        return arch_of(self)
 
     @property
     def full_attention_layer_ids(self) -> list[int]:
