@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.sglang_memory import GIB, VARIANTS, Case, Plan, plan_all
+from benchmarks.sglang_memory import GIB, LAPTOP, VARIANTS, Case, Plan, plan_all
 from sglang_model.memory import PREFIX_SLOTS
 
 pytestmark = pytest.mark.engine
@@ -46,7 +46,7 @@ def key(case: Case) -> str:
 def plans() -> dict[str, dict[str, Plan]]:
     cases = {
         "builtin": [*COMPARED, *USERS, FLOAT32],
-        "ours": [*COMPARED, *USERS, FLOAT32, *COUNTED],
+        "ours": [*COMPARED, *USERS, FLOAT32, *COUNTED, *LAPTOP.values()],
     }
     return {
         side: dict(zip(map(key, cases[side]), plan_all(side, cases[side]), strict=True))
@@ -129,3 +129,11 @@ def test_states_of_a_float32_model_are_counted_in_float32(plans):
 def test_eight_bit_keys_get_more_slots(plans):
     case = Case("24b", options={"kv_cache_dtype": "fp8_e4m3"})
     assert plans["ours"][key(case)].requests > 1.9 * plans["ours"][key(Case("24b"))].requests
+
+
+def test_on_a_cpu_the_states_take_megabytes(plans):
+    sglangs, ours = (plans["ours"][key(case)] for case in LAPTOP.values())
+    requests = LAPTOP["ours"].options["max_running_requests"]
+    assert ours.max_running == sglangs.max_running == requests
+    assert ours.slots == 5 * requests + PREFIX_SLOTS
+    assert ours.state_bytes < GIB / 16 < 4 * GIB < sglangs.state_bytes
