@@ -67,10 +67,24 @@ def register_hybrid_model(
             arch_names=[architecture],
             uses_mamba_radix_cache=True,
             support_mamba_cache=True,
-            support_mamba_cache_extra_buffer=True,
+            support_mamba_cache_extra_buffer=snapshots_can_run(),
             hybrid_backend_class_name=hybrid_backend,
         )
     )
+
+
+def snapshots_can_run() -> bool:
+    """Whether SGLang's scheduler can have states kept on their way ("extra_buffer") on this machine.
+
+    Needed for 0.5.22, whose scheduler makes a pinned tensor in every step for that, which torch refuses without an
+    accelerator; 0.5.23 gathers the slots on the device. There the prefix cache takes running states ("no_buffer"), and
+    the overlap scheduler is off.
+    """
+    if torch.accelerator.is_available():
+        return True
+    from sglang.srt.managers import schedule_batch
+
+    return hasattr(schedule_batch, "_gather_mamba_track_indices")
 
 
 def conv_state_dtype_of_user() -> torch.dtype | None:
