@@ -18,8 +18,8 @@ from .engine_api import (
 SNAPSHOT_GRID = 2
 """Tokens between two places of a prompt where a state can be kept for the prefix cache.
 
-Our operator can leave a state after any token, but SGLang marks a place inside a piece of prompt by adding one to it and
-rounding down to the grid, so two is the finest that it can name.
+Our operator can leave a state after any token, but SGLang marks a place inside a piece of prompt by adding one to it
+and rounding down to the grid, so two is the finest that it can name.
 """
 
 _PADDED = {
@@ -41,8 +41,8 @@ def arch_of(config: HuggingFaceConfig) -> Lfm2MoeArch:
 class Lfm2MoeConfig(HuggingFaceConfig):
     """The Hugging Face config with the properties that SGLang's hybrid cache reads.
 
-    Not a subclass of SGLang's own: that one is tied to SGLang's state backend by an isinstance check, which comes before
-    the registry that names ours.
+    Not a subclass of SGLang's own: that one is tied to SGLang's state backend by an isinstance check, which comes
+    before the registry that names ours.
     """
 
     _state_dtype: torch.dtype | None = None

@@ -1,9 +1,10 @@
 """The states of the short convolutions in SGLang's pool: a step's metadata, and snapshots for the prefix cache.
 
 SGLang's prefix cache keeps states in one of two ways. With "no_buffer" it takes a request's running state when the
-request has ended or left its prompt, which forbids the overlap scheduler, since the next step may have moved the state on
-by then. With "extra_buffer" the model itself copies its states into slots that the scheduler names (it "tracks" them):
-after a piece of prompt at a place on a grid, while decoding every so many tokens. That is what is done here.
+request has ended or left its prompt, which forbids the overlap scheduler, since the next step may have moved the
+state on by then. With "extra_buffer" the model itself copies its states into slots that the scheduler names (it
+"tracks" them): after a piece of prompt at a place on a grid, while decoding every so many tokens. That is what is
+done here.
 
 Drafts move no state on. Each leaves the state that it would be in the pool's "intermediate windows", and when SGLang
 has decided which stand, the last of them is copied to the slot, and to a snapshot's where one is due.

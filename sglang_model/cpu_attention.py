@@ -211,7 +211,10 @@ def attend(
 
     Args:
         query: (T, H, P).
-        keys, values: (places, G * P), any float dtype.
+        keys: (places, G * P), any float dtype.
+        values: like keys.
+        group: the requests, and the places of their keys.
+        scale: of the scores.
         out: (T, H, P) like query.
     """
     N, Q = group.queries.shape

@@ -1,8 +1,8 @@
 """SGLang on a machine without an accelerator: a platform that any x86 or Arm CPU fulfils.
 
 SGLang's own CPU engine needs the compiled package ``sgl_kernel``, which exists for few CPUs; without it the scheduler
-can't be imported. As an out-of-tree platform the same scheduler runs on torch alone. It comes into effect by itself only
-where there is neither an accelerator nor ``sgl_kernel`` (``lfm2_plugin/register.py`` decides), or when
+can't be imported. As an out-of-tree platform the same scheduler runs on torch alone. It comes into effect by itself
+only where there is neither an accelerator nor ``sgl_kernel`` (``lfm2_plugin/register.py`` decides), or when
 ``SGLANG_PLATFORM=lfm2_cpu`` asks for it.
 """
 

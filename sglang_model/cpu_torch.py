@@ -23,10 +23,10 @@ _kept: dict[str, torch.library.Library] = {}  # what a library adds lives as lon
 def let_torchvision_import() -> None:
     """Import torchvision; where its library can't be loaded, declare its operators, without code behind them, first.
 
-    The torchvision that PyPI offers is compiled for the CUDA build of torch. Beside the CPU build its library can't be
-    loaded, and then already ``import torchvision`` fails, because it describes two operators that the library would have
-    brought. SGLang imports it for models that see; no text model calls it. A torchvision that is whole, or absent, is left
-    as it is.
+    The torchvision that PyPI offers is compiled for the CUDA build of torch. Beside the CPU build its library can't
+    be loaded, and then already ``import torchvision`` fails, because it describes two operators that the library
+    would have brought. SGLang imports it for models that see; no text model calls it. A torchvision that is whole, or
+    absent, is left as it is.
     """
     try:
         importlib.import_module("torchvision")
@@ -45,8 +45,8 @@ def let_torchvision_import() -> None:
 def let_memory_be_pinned() -> None:
     """Where there is no accelerator to pin memory for, a tensor counts as pinned as it is.
 
-    SGLang's scheduler pins a mask in each step that keeps snapshots of states (``prepare_for_decode``), and torch raises
-    for want of an accelerator.
+    SGLang's scheduler pins a mask in each step that keeps snapshots of states (``prepare_for_decode``), and torch
+    raises for want of an accelerator.
     """
     if torch.accelerator.is_available() or "pinned" in _kept:
         return

@@ -1,6 +1,7 @@
 """The weights of a model on a CPU: packed for the product while serving, plain while they are loaded or updated.
 
-A packed weight replaces the plain one, whose memory is given back, except in a tied embedding, which is also read by row.
+A packed weight replaces the plain one, whose memory is given back, except in a tied embedding, which is also read by
+row.
 """
 
 from __future__ import annotations
@@ -88,9 +89,12 @@ class PackedWeights:
         elif type(method) is UnquantizedLinearMethod and can_pack(module.weight):
             module.quant_method = PackedLinearMethod(PackedWeight.of(module.weight))
             _drop(module.weight)
-        elif module is self._model.lm_head and type(method) is UnquantizedEmbeddingMethod:
-            if can_pack(module.weight):
-                module.quant_method = PackedHeadMethod(PackedWeight.of(module.weight))
+        elif (
+            module is self._model.lm_head
+            and type(method) is UnquantizedEmbeddingMethod
+            and can_pack(module.weight)
+        ):
+            module.quant_method = PackedHeadMethod(PackedWeight.of(module.weight))
 
     def _unpack(self, module: nn.Module) -> None:
         method = getattr(module, "quant_method", None)

@@ -1,10 +1,11 @@
-"""The one file that imports SGLang: its names under ours, probes of what it can do, and the translation of its metadata.
+"""The one file that imports SGLang: its names under ours, probes of its abilities, the translation of its metadata.
 
-To bring the plugin to a new SGLang, start here (``docs/porting.md``). ``SUPPORTED`` is the tested range; a probe asks for
-a capability, never for a version, and says which version needs it.
+To bring the plugin to a new SGLang, start here (``docs/porting.md``). ``SUPPORTED`` is the tested range; a probe asks
+for a capability, never for a version, and says which version needs it.
 
-A name is looked up in SGLang when it is first asked for. SGLang reads its platform, ours among them, while the modules
-that most of the names come from are being imported, and several of its processes (launcher, detokenizer) need few of them.
+A name is looked up in SGLang when it is first asked for. SGLang reads its platform, ours among them, while the
+modules that most of the names come from are being imported, and several of its processes (launcher, detokenizer) need
+few of them.
 """
 
 from __future__ import annotations

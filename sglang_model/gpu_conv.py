@@ -62,7 +62,10 @@ def extend(
 
     Args:
         bcx: (T, 3 * D).
-        weight, bias, state, slots: as in :func:`decode`.
+        weight: as in :func:`decode`.
+        bias: as in :func:`decode`.
+        state: as in :func:`decode`.
+        slots: as in :func:`decode`.
         query_start: (S + 1,) int32, where each sequence's tokens start.
         has_initial_state: (S,) bool.
         snapshots: after how many tokens of its query a sequence's state is copied, 0 for none, and where to, (S,) each.

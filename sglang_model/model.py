@@ -260,7 +260,7 @@ class Lfm2MoeForCausalLM(nn.Module):
         return bool(self.model.captured_layers)
 
     def set_eagle3_layers_to_capture(self, layer_ids: list[int] | None = None) -> None:
-        """Hand on the outputs of these layers; by default of three spread over the depth, as EAGLE3's drafters expect."""
+        """Hand on the outputs of these layers; by default of three over the depth, as EAGLE3's drafters expect."""
         if layer_ids is None:
             layers = self.arch.num_layers
             inputs = [2, layers // 2, layers - 3]
@@ -282,8 +282,8 @@ class Lfm2MoeForCausalLM(nn.Module):
         beyond = [layer for layer in inputs if not 0 <= layer <= self.arch.num_layers]
         if beyond:
             raise ValueError(
-                f"The drafter reads before layers {beyond} of a model of {self.arch.num_layers} layers; it was made for "
-                "another model."
+                f"The drafter reads before layers {beyond} of a model of {self.arch.num_layers} layers; it was made "
+                "for another model."
             )
         self.model.captured_layers = frozenset(inputs)
 

@@ -1,1 +1,1 @@
-"""What SGLang's model registry imports (``SGLANG_EXTERNAL_MODEL_PACKAGE``): one module with one class, whatever happens."""
+"""What SGLang's model registry imports (``SGLANG_EXTERNAL_MODEL_PACKAGE``): one class, whatever happens."""

@@ -1,4 +1,4 @@
-"""Registration against a stand-in for SGLang: ``pytest tests/core/test_register_sglang.py`` (real: tests/engine_sglang).
+"""Registration against a stand-in: ``pytest tests/core/test_register_sglang.py`` (real SGLang: tests/engine_sglang).
 
 SGLang only logs what a plugin raises, so every failure has to show in the class that it will build.
 """
@@ -110,7 +110,7 @@ def test_a_failure_is_raised_by_the_class(tmp_path: Path, files: dict[str, str],
 def test_a_front_that_can_not_be_imported_stops_the_registry(tmp_path: Path):
     """SGLang imports the package itself without a net."""
     front = "raise ImportError('libbroken.so')\n"
-    with pytest.raises(AssertionError, match="ImportError: libbroken.so"):
+    with pytest.raises(AssertionError, match=r"ImportError: libbroken\.so"):
         call(fakes(tmp_path, **{"sglang_model/__init__.py": front}))
 
 

@@ -1,7 +1,7 @@
 """A matrix product with a weight, and the form of a weight that a CPU can read at the speed of its memory.
 
-``linear`` is ``x @ weight.T + bias``, summed in float32 and rounded once. A weight that serves many steps is packed first
-(:func:`pack`): its elements are laid out in the order in which the product reads them.
+``linear`` is ``x @ weight.T + bias``, summed in float32 and rounded once. A weight that serves many steps is packed
+first (:func:`pack`): its elements are laid out in the order in which the product reads them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The product in torch, on a CPU through oneDNN with weights in oneDNN's own layout.
 
-Given a plain weight, oneDNN copies it into that layout at every call. With few rows the copy costs as much as the product,
-which is bound by reading the weight. Measured with N = 6144, K = 2048 in bfloat16 on one core of an EPYC 9005 (CPU time,
-milliseconds, plain and packed): 1 row 1.60 and 0.79, 8 rows 1.74 and 1.04, 32 rows 3.11 and 2.39, 512 rows 30.9 and 29.3;
-reading the weight at 30 GB/s takes 0.84.
+Given a plain weight, oneDNN copies it into that layout at every call. With few rows the copy costs as much as the
+product, which is bound by reading the weight. Measured with N = 6144, K = 2048 in bfloat16 on one core of an EPYC
+9005 (CPU time, milliseconds, plain and packed): 1 row 1.60 and 0.79, 8 rows 1.74 and 1.04, 32 rows 3.11 and 2.39, 512
+rows 30.9 and 29.3; reading the weight at 30 GB/s takes 0.84.
 """
 
 from __future__ import annotations
