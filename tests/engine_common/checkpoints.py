@@ -76,6 +76,9 @@ SMALL = {
 SPECS: dict[str, dict[str, Any]] = {
     "alpha": ALPHA,
     "beta": BETA,
+    # The same shapes with other weights (the name decides the seed).
+    "alpha_other": ALPHA,
+    "beta_other": BETA,
     "staged": STAGED,
     "small": SMALL,
     # Nothing of beta's that the built-in gets wrong but the head.

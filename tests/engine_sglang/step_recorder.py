@@ -50,10 +50,12 @@ class RecordingScheduler(Scheduler):
         path.rename(path.with_name(f"{path.name}.json"))  # whole when it is seen
 
     def report(self, folder: str) -> None:
-        """What a test reads at the end of its engine: model class, event loop, steps."""
+        """What a test reads at the end of its engine: model class, event loop, steps, open requests."""
         kind = type(self._model)
         name = f"{kind.__module__}.{kind.__qualname__}"
-        self._answer(folder, {"class": name, "loop": self.loop, "steps": self.steps})
+        held = len(self.running_batch.reqs) + len(self.waiting_queue)
+        found = {"class": name, "loop": self.loop, "steps": self.steps, "unfinished": held}
+        self._answer(folder, found)
 
     def probe(self, folder: str, name: str, module: str, arguments: dict) -> None:
         """What ``<module>.<name>`` finds on the model."""

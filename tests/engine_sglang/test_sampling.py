@@ -1,0 +1,192 @@
+"""What users ask of an engine beside greedy tokens: n, logprobs, stops, aborts, structured output."""
+
+import json
+import math
+
+import pytest
+import torch
+from checkpoints import DEMO, checkpoint
+from demo_reference import prompt_ids
+from hf_reference import load
+from references import Case, assert_same, cases
+from tolerances import BOUNDS
+
+from lfm2_plugin.demo.tasks import questions
+
+pytestmark = pytest.mark.engine
+
+NOISE = BOUNDS["engine_logprob", torch.float32].atol
+ENGINE = {"dtype": "float32"}
+# Under a grammar the demo model would go on with spaces for as long as it may.
+WITH_TEXT = {
+    **ENGINE,
+    "skip_tokenizer_init": False,
+    "constrained_json_disable_any_whitespace": True,
+}
+END = 2  # the random checkpoints' end of text
+
+
+@pytest.fixture(scope="module")
+def asked() -> tuple[Case, ...]:
+    """The prompt that is sampled from, then those that are answered greedily beside it."""
+    return cases("alpha")[40:71]
+
+
+@pytest.fixture(scope="module")
+def distributions(asked) -> list[torch.Tensor]:
+    """For each prompt (T, V) log-probabilities of the tokens that follow, in transformers, float32."""
+    model = load(checkpoint("alpha"), torch.float32)
+    with torch.inference_mode():
+        return [model(torch.tensor([c.prompt])).logits[0].log_softmax(-1) for c in asked]
+
+
+@pytest.fixture(scope="module")
+def sampled(run, asked):
+    """One engine for the tests that need no text."""
+    many = {"n": 8, "temperature": 1.0, "max_new_tokens": 12}
+    frequencies = {"n": 400, "temperature": 1.0, "max_new_tokens": 1}
+    prompts = [c.prompt for c in asked]
+    stops = [{"stop_token_ids": [c.expected.tokens[5]], "ignore_eos": False} for c in asked]
+    steps = [
+        {"prompts": prompts, "params": [many, *[{"n": 8}] * len(prompts[1:])]},
+        {"prompts": prompts[:1], "params": frequencies},
+        {"prompts": prompts, "params": {"logprobs": 5, "prompt_logprobs": True}},
+        {"prompts": prompts, "params": stops},
+    ]
+    return run("alpha", ENGINE, steps)["steps"]
+
+
+def test_n_completions_differ_where_they_are_sampled(sampled, asked):
+    drawn = [c["tokens"] for c in sampled[0][0]["all"]]
+    assert len(drawn) == 8
+    assert len({tuple(t) for t in drawn}) > 4
+    for place in range(8):  # greedy ones beside them are all the reference's
+        assert_same([out["all"][place] for out in sampled[0][1:]], asked[1:])
+
+
+def test_samples_follow_the_distribution(sampled, distributions):
+    """400 first tokens against transformers' probabilities, within four standard deviations."""
+    exact = distributions[0][-1].exp()
+    drawn = torch.zeros_like(exact)
+    for completion in sampled[1][0]["all"]:
+        drawn[completion["tokens"][0]] += 1
+    count = int(drawn.sum())
+    assert count == 400
+    for token in exact.topk(8).indices:
+        share = exact[token].item()
+        deviation = math.sqrt(share * (1 - share) / count)
+        assert drawn[token].item() / count == pytest.approx(share, abs=4 * deviation + 1 / count)
+
+
+def test_logprobs_are_transformers_own(sampled, asked, distributions):
+    for out, case, exact in zip(sampled[2], asked, distributions, strict=True):
+        assert out["logprobs"] == pytest.approx(case.expected.logprobs, abs=NOISE)
+        first = exact[-1].topk(5)
+        want = dict(zip(map(str, first.indices.tolist()), first.values.tolist(), strict=True))
+        assert out["top"][0] == pytest.approx(want, abs=NOISE)
+        of_prompt = exact[:-1].gather(1, torch.tensor(case.prompt[1:])[:, None])[:, 0]
+        assert out["prompt_logprobs"][0] is None  # nothing comes before it
+        assert out["prompt_logprobs"][1:] == pytest.approx(of_prompt.tolist(), abs=NOISE)
+
+
+def test_stop_tokens_end_the_answer(sampled, asked):
+    for out, case in zip(sampled[3], asked, strict=True):
+        stop = next(t for t in case.expected.tokens if t in (case.expected.tokens[5], END))
+        end = case.expected.tokens.index(stop)
+        assert out["tokens"] == case.expected.tokens[: end + 1]
+        assert (out["finish"], out["stop"]) == ("stop", stop)
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+def test_abort_in_flight(server, cache):
+    """Half of 64 requests leave after four tokens; the others and a second try answer as ever."""
+    asked = list(cases("alpha")[:64])
+    aborted = list(range(0, 64, 2))
+    result = server.run(
+        "async_jobs:abort_in_flight",
+        model=str(checkpoint("alpha")),
+        engine={**ENGINE, "disable_radix_cache": not cache},
+        prompts=[c.prompt for c in asked],
+        aborted=aborted,
+        after=4,
+    ).get()
+    left = [c for i, c in enumerate(asked) if i not in aborted]
+    assert_same([{"tokens": t} for t in result["finished"]], left)
+    assert_same([{"tokens": t} for t in result["again"]], [asked[i] for i in aborted])
+    assert sum(len(t) < 16 for t in result["partial"]) == len(aborted)
+    assert set(result["reasons"]) == {"abort"}
+    assert result["unfinished"] == 0
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "enum": ["Oslo", "Lima", "Quito"]},
+        "count": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["city", "count"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def chat_prompts() -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    return [prompt_ids(tokenizer, q) for q in questions(seed=11, n=24)]
+
+
+@pytest.fixture(scope="module")
+def texts(run, chat_prompts):
+    """Free answers, the same with stop strings, and half of them under a JSON schema."""
+    free = {"prompts": chat_prompts, "params": {"max_new_tokens": 40, "ignore_eos": False}}
+    first = run("demo", WITH_TEXT, [free])["steps"][0]
+    stops = [out["text"][len(out["text"]) // 2 :][:2] for out in first]
+    stopped = [{**free["params"], "stop": [s]} if s else {} for s in stops]
+    structured = {"json_schema": SCHEMA, "max_new_tokens": 80, "ignore_eos": False}
+    mixed = [structured if i % 2 else free["params"] for i in range(len(chat_prompts))]
+    steps = [
+        {"prompts": chat_prompts, "params": stopped},
+        {"prompts": chat_prompts, "params": mixed},
+    ]
+    second = run("demo", WITH_TEXT, steps)["steps"]
+    return {"free": first, "stops": stops, "stopped": second[0], "mixed": second[1]}
+
+
+def test_stop_strings_cut_the_text(texts):
+    tried = 0
+    for free, stop, out in zip(texts["free"], texts["stops"], texts["stopped"], strict=True):
+        if not stop:
+            continue
+        tried += 1
+        assert out["text"] == free["text"][: free["text"].index(stop)]
+        assert out["finish"] == "stop"
+        assert out["stop"] == stop
+    assert tried > 10
+
+
+def test_structured_output_beside_free_answers(texts):
+    for index, out in enumerate(texts["mixed"]):
+        if index % 2 == 0:
+            assert out["text"] == texts["free"][index]["text"]
+        else:
+            assert out["finish"] == "stop"
+            value = json.loads(out["text"])
+            assert value["city"] in ("Oslo", "Lima", "Quito")
+            assert 0 <= value["count"] <= 99
+
+
+def test_requests_of_one_token_and_of_the_full_length(run):
+    """The shortest prompt, one output token; and prompt and answer that fill the model's length."""
+    long = max(cases("alpha"), key=lambda c: len(c.prompt))
+    assert len(long.prompt) == 2000
+    short = cases("alpha")[0]
+    steps = [
+        {"prompts": [short.prompt], "params": {"max_new_tokens": 1}},
+        {"prompts": [long.prompt], "params": {"max_new_tokens": 16}},
+    ]
+    engine = {**ENGINE, "context_length": len(long.prompt) + 16}
+    result = run("alpha", engine, steps)["steps"]
+    assert_same(result[0], [Case(short.prompt, short.expected)])
+    assert_same(result[1], [long])

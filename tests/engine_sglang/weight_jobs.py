@@ -1,0 +1,37 @@
+"""What the tests of weight updates run inside the child, beside the steps that all tests have."""
+
+from pathlib import Path
+
+import engine_jobs
+
+
+def from_disk(llm, folder: str) -> dict:
+    """Writes a checkpoint's weights over the engine's."""
+    success, message = llm.update_weights_from_disk(folder)[:2]
+    return {"success": success, "message": message}
+
+
+def from_tensors(llm, folder: str, names: list[str] | None = None, piece: int = 40) -> dict:
+    """The same out of this process' memory, some tensors at a time; all of them or the named ones.
+
+    A name may be given as [name in the file, name that the engine is told].
+    """
+    from safetensors.torch import load_file
+
+    (file,) = Path(folder).glob("*.safetensors")
+    tensors = load_file(file)
+    pairs = [n if isinstance(n, list) else [n, n] for n in (names or tensors)]
+    llm.begin_weight_update()
+    for start in range(0, len(pairs), piece):
+        part = [(told, tensors[name]) for name, told in pairs[start : start + piece]]
+        success, message = llm.update_weights_from_tensor(part)[:2]
+        if not success:
+            break
+    llm.end_weight_update()
+    return {"success": success, "message": message}
+
+
+def run_engine(model: str, engine: dict, steps: list[dict]) -> dict:
+    """As in ``engine_jobs``, with these steps: "from_disk" and "from_tensors"."""
+    engine_jobs.STEPS |= {"from_disk": from_disk, "from_tensors": from_tensors}
+    return engine_jobs.run_engine(model, engine, steps)
