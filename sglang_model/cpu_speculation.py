@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -116,7 +115,8 @@ class NgramWorker(BaseSpecWorker):
         most = min(self._most_drafts, MOST_TOKENS // len(batch.reqs) - 1)
         drafts = []
         for req in batch.reqs:
-            text = np.fromiter(chain(req.origin_input_ids, req.output_ids), np.int64)
+            parts = (np.asarray(ids, np.int64) for ids in (req.origin_input_ids, req.output_ids))
+            text = np.concatenate(list(parts))
             room = min(
                 req.sampling_params.max_new_tokens - len(req.output_ids),
                 self._longest_text - len(text),

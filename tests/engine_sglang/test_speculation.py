@@ -101,6 +101,34 @@ def test_turns_find_what_drafts_left_in_the_prefix_cache(drafted, model):
         assert all(out["cached"] > 0 for out in turn["outputs"])
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["drafts", "hardly any drafts"])
+def test_snapshots_while_decoding(drafted, known):
+    """What follows a long answer starts from a snapshot within it, taken among drafts or in a plain step."""
+    folder, every = checkpoint("alpha"), 16
+    prompts = [c.prompt for c in cases("alpha") if 20 <= len(c.prompt) <= 200][:24]
+    talks = greedy(folder, prompts, 3 * NEW_TOKENS)
+    said = [p + a.tokens for p, a in zip(prompts, talks, strict=True)]
+    nexts = [text + prompts[i - 1][:5] for i, text in enumerate(said)]
+    pairs = zip(prompts, talks, nexts, greedy(folder, nexts, NEW_TOKENS), strict=True)
+    kept = [
+        (Case(p, talk), Case(following, answer))
+        for p, talk, following, answer in pairs
+        if min(*talk.margins, *answer.margins) >= CLEAR_MARGIN
+    ]
+    assert len(kept) > 12
+    first, second = (list(side) for side in zip(*kept, strict=True))
+    steps = [ask(first, params={"max_new_tokens": 3 * NEW_TOKENS}), ask(second)]
+    engine = {**ngram(4), "mamba_track_interval": every, "max_running_requests": 8}
+    texts = knowing("alpha", [*first, *second]) if known else {}
+    result = drafted("alpha", engine, steps, **texts)["steps"]
+    assert_same(result[0]["outputs"], first)
+    assert_same(result[1]["outputs"], second)
+    for out, case in zip(result[1]["outputs"], first, strict=True):
+        end = len(case.prompt) + 3 * NEW_TOKENS
+        assert out["cached"] >= (end - 1) // every * every - every
+        assert out["cached"] > len(case.prompt)
+
+
 def test_chunked_prefill(drafted):
     asked = cases("alpha")
     engine = {**ngram(4), "chunked_prefill_size": 48}
