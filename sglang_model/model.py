@@ -127,7 +127,11 @@ class Lfm2MoeModel(nn.Module):
     ) -> torch.Tensor | PPProxyTensors | tuple[torch.Tensor, list[torch.Tensor]]:
         """Hidden states (T, D) of the last stage, with those that a drafter reads; else what the next stage takes."""
         if self.first_stage:
-            hidden_states = self.embed_tokens(input_ids) if input_embeds is None else input_embeds
+            if input_embeds is None:
+                hidden_states = self.embed_tokens(input_ids)
+            else:
+                # SGLang hands them on in bfloat16 whatever the model's dtype.
+                hidden_states = input_embeds.to(self.embed_tokens.weight.dtype)
             residual = None
         else:
             hidden_states = pp_proxy_tensors["hidden_states"]

@@ -83,6 +83,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "small": SMALL,
     # Nothing of beta's that the built-in gets wrong but the head.
     "untied": {**SMALL, "tie_word_embeddings": False},
+    "unbiased": {**ALPHA, "use_expert_bias": False},
     "wide_heads": {**SMALL, "head_dim": 64},
     # A conv state that outgrows the smallest attention page with 7 drafts.
     "narrow": {**SMALL, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 1},
