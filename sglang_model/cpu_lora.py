@@ -6,7 +6,6 @@ experts. A step without adapters costs nothing here: SGLang then skips the LoRA 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -89,38 +88,68 @@ class CpuLoRABackend(BaseLoRABackend):
                 )
         self.batch_info = batch
 
-    def forward_with_base(
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        base_fn: Callable[[], torch.Tensor],
-        lora_a: torch.Tensor,
-        lora_b: torch.Tensor,
-        output_offset: Any,
-        offsets: Sequence[int],
-        *,
-        all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        **unused: Any,
+    def run_lora_a_sgemm(
+        self, x: torch.Tensor, weights: torch.Tensor, *unused: Any, **more_unused: Any
     ) -> torch.Tensor:
-        """A linear layer with its adapters: (T, columns) -> (T, rows).
+        """The first of an adapter's two products, scaled: x (T, columns), weights (slots, R, columns) -> (T, R)."""
+        out = x.new_zeros(x.shape[0], weights.shape[1])
+        for group in self.batch_info.groups:
+            factor = weights[group.slot, : group.rank]
+            out[group.rows, : group.rank] = F.linear(x[group.rows], factor) * group.scaling
+        return out
 
-        ``base_fn`` gives the layer's own output, ``all_reduce`` adds up the ranks' where inputs are divided over ranks.
-        The layer consists of c matrices, whose rows start at ``offsets`` (c + 1,). Of an adapter of rank r, the first
-        c * r lines of ``lora_a`` (slots, .., columns) and the first r columns of ``lora_b`` (slots, rows, ..) are used.
+    def run_lora_b_sgemm(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        *unused: Any,
+        base_output: torch.Tensor,
+        **more_unused: Any,
+    ) -> torch.Tensor:
+        """The second product, x (T, R), weights (slots, rows, R), added to ``base_output`` (T, rows)."""
+        for group in self.batch_info.groups:
+            factor = weights[group.slot, :, : group.rank]
+            base_output[group.rows] += F.linear(x[group.rows, : group.rank], factor)
+        return base_output
+
+    def run_qkv_lora(
+        self,
+        x: torch.Tensor,
+        qkv_lora_a: torch.Tensor,
+        qkv_lora_b: torch.Tensor,
+        *unused: Any,
+        output_offset_cpu: torch.Tensor,
+        base_output: torch.Tensor,
+        **more_unused: Any,
+    ) -> torch.Tensor:
+        """Both products for a layer of c matrices, whose rows start at ``output_offset_cpu`` (c + 1,).
+
+        Of an adapter of rank r the first c * r lines of ``qkv_lora_a`` (slots, .., columns) are used.
         """
-        out = base_fn()
+        offsets = output_offset_cpu.tolist()
         for group in self.batch_info.groups:
             rank = group.rank
-            factor = lora_a[group.slot, : (len(offsets) - 1) * rank]
+            factor = qkv_lora_a[group.slot, : (len(offsets) - 1) * rank]
             hidden = F.linear(x[group.rows], factor) * group.scaling
             added = [
-                F.linear(h, lora_b[group.slot, start:end, :rank])
+                F.linear(h, qkv_lora_b[group.slot, start:end, :rank])
                 for h, (start, end) in zip(
                     hidden.split(rank, dim=-1), pairwise(offsets), strict=True
                 )
             ]
-            out[group.rows] += torch.cat(added, dim=-1)
-        return out if all_reduce is None else all_reduce(out)
+            base_output[group.rows] += torch.cat(added, dim=-1)
+        return base_output
+
+    def run_gate_up_lora(
+        self,
+        x: torch.Tensor,
+        gate_up_lora_a: torch.Tensor,
+        gate_up_lora_b: torch.Tensor,
+        *unused: Any,
+        **options: Any,
+    ) -> torch.Tensor:
+        """The same for two matrices."""
+        return self.run_qkv_lora(x, gate_up_lora_a, gate_up_lora_b, **options)
 
 
 class CpuExpertsWithLoRA(FusedMoEWithLoRA):

@@ -88,6 +88,13 @@ def snapshots_can_run() -> bool:
     return hasattr(schedule_batch, "_gather_mamba_track_indices")
 
 
+def platforms_bring_workers() -> bool:
+    """Whether a platform may have a worker of its own for drafts. Needed for 0.5.22, where it may not."""
+    from sglang.srt.platforms.interface import SRTPlatform
+
+    return hasattr(SRTPlatform, "get_speculative_worker_cls")
+
+
 def conv_state_dtype_of_user() -> torch.dtype | None:
     """The dtype that the user asked for with ``SGLANG_MAMBA_CONV_DTYPE``; None if unset."""
     from sglang.srt.configs.mamba_utils import mamba2_state_dtype

@@ -6,7 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from .config import Lfm2MoeConfig
-from .engine_api import declare_resolution, model_config_of, resolving_view
+from .engine_api import (
+    declare_resolution,
+    model_config_of,
+    platforms_bring_workers,
+    resolving_view,
+    sglang_version,
+)
 
 DEFAULT_BREADTH = 10
 """SGLang's; how many branches a tree of drafts may have."""
@@ -18,7 +24,7 @@ def settle_drafts(server_args: Any, previous: Callable[[Any], None]) -> None:
     """The step of SGLang's resolution that reads the options of speculation, ours before it.
 
     Raises:
-        ValueError: a tree of drafts on a CPU.
+        ValueError: a tree of drafts on a CPU, or drafts on a CPU in a release that can't have them.
     """
     options = resolving_view(server_args)
     algorithm = (options.speculative_algorithm or "").upper()
@@ -30,6 +36,11 @@ def settle_drafts(server_args: Any, previous: Callable[[Any], None]) -> None:
 
 
 def _on_cpu(options: Any) -> dict[str, int]:
+    if not platforms_bring_workers():
+        raise ValueError(
+            f"n-gram speculation on a CPU needs SGLang 0.5.23; this is {sglang_version}. Leave out "
+            "--speculative-algorithm."
+        )
     breadth = options.speculative_ngram_max_bfs_breadth
     if breadth not in (1, DEFAULT_BREADTH):
         raise ValueError(

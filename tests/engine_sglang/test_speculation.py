@@ -12,7 +12,12 @@ from hf_reference import greedy, load
 from references import NEW_TOKENS, Case, assert_bf16, assert_same, cases, vocabulary
 from tolerances import BOUNDS, CLEAR_MARGIN
 
+from sglang_model.engine_api import platforms_bring_workers
+
 pytestmark = pytest.mark.engine
+needs_worker = pytest.mark.skipif(
+    not platforms_bring_workers(), reason="SGLang 0.5.22 has no drafts on a CPU; it is refused"
+)
 
 FLOAT = {"dtype": "float32"}
 NOISE = BOUNDS["engine_logprob", torch.float32].atol
@@ -51,6 +56,7 @@ def ask(asked, **options) -> dict:
     return {"op": "drafted", "prompts": [c.prompt for c in asked], **options}
 
 
+@needs_worker
 @pytest.mark.parametrize(
     ("model", "tokens"),
     [("alpha", 2), ("alpha", 4), ("alpha", 8), ("beta", 3), ("beta", 7), ("demo", 5)],
@@ -72,6 +78,7 @@ def test_any_number_of_drafts_is_confirmed(drafted, model, tokens):
     assert result["loop"] == "normal"
 
 
+@needs_worker
 def test_drafts_out_of_the_text(drafted):
     """What users get by the algorithm's name alone, on a model that copies much of its prompts.
 
@@ -86,6 +93,7 @@ def test_drafts_out_of_the_text(drafted):
         assert confirmed > share * NEW_TOKENS * len(asked) or not (share or confirmed)
 
 
+@needs_worker
 @pytest.mark.parametrize("model", ["alpha", "beta"])
 def test_turns_find_what_drafts_left_in_the_prefix_cache(drafted, model):
     talks = conversations(model, turns=4, count=12)
@@ -101,6 +109,7 @@ def test_turns_find_what_drafts_left_in_the_prefix_cache(drafted, model):
         assert all(out["cached"] > 0 for out in turn["outputs"])
 
 
+@needs_worker
 @pytest.mark.parametrize("known", [True, False], ids=["drafts", "hardly any drafts"])
 def test_snapshots_while_decoding(drafted, known):
     """What follows a long answer starts from a snapshot within it, taken among drafts or in a plain step."""
@@ -129,6 +138,7 @@ def test_snapshots_while_decoding(drafted, known):
         assert out["cached"] > len(case.prompt)
 
 
+@needs_worker
 def test_chunked_prefill(drafted):
     asked = cases("alpha")
     engine = {**ngram(4), "chunked_prefill_size": 48}
@@ -137,6 +147,7 @@ def test_chunked_prefill(drafted):
     assert_same(result[1]["outputs"], asked)
 
 
+@needs_worker
 def test_retracted_requests_answer_the_same(drafted, tmp_path):
     """As in test_preemption, with drafts."""
     folder = altered(checkpoint("alpha"), tmp_path / "endless", config={"eos_token_id": 100_000})
@@ -157,6 +168,7 @@ def test_retracted_requests_answer_the_same(drafted, tmp_path):
     assert_same(step["outputs"], asked)
 
 
+@needs_worker
 def test_to_the_end_of_the_context(drafted):
     """Texts that become as long as may be, beside others that don't."""
     asked = [c for c in cases("alpha") if len(c.prompt) == 95][:2]
@@ -166,6 +178,7 @@ def test_to_the_end_of_the_context(drafted):
     assert_same(result["steps"][0]["outputs"], asked)
 
 
+@needs_worker
 def test_stops_within_drafts(drafted):
     asked = list(cases("alpha")[:60])
     stops = [c.expected.tokens[i % NEW_TOKENS] for i, c in enumerate(asked)]
@@ -185,6 +198,29 @@ def test_stops_within_drafts(drafted):
     assert len(step["confirmed"]) == 5
 
 
+@needs_worker
+@pytest.mark.parametrize(
+    "options", [{}, {"disable_overlap_schedule": True}], ids=["snapshots", "running states"]
+)
+def test_what_a_stop_within_drafts_leaves(drafted, options):
+    """Drafts that stood behind a stop are in no text that the prefix cache knows."""
+    folder = checkpoint("alpha")
+    first = [c for c in cases("alpha") if 20 <= len(c.prompt) <= 200][:40]
+    said = [c.prompt + c.expected.tokens[:6] for c in first]
+    nexts = [text + first[i - 1].prompt[:4] for i, text in enumerate(said)]
+    second = [Case(p, a) for p, a in zip(nexts, greedy(folder, nexts, NEW_TOKENS), strict=True)]
+    second = [c for c in second if min(c.expected.margins) >= CLEAR_MARGIN]
+    assert len(second) > 25
+    stops = [{"stop_token_ids": [c.expected.tokens[5]], "ignore_eos": False} for c in first]
+    engine = {**ngram(5), "mamba_track_interval": 6, "max_running_requests": 8, **options}
+    known = knowing("alpha", [*first, *second])
+    steps = [ask(first, params=stops), ask(second)]
+    result = drafted("alpha", engine, steps, **known)["steps"]
+    assert_same(result[1]["outputs"], second)
+    assert sum(out["cached"] > 0 for out in result[1]["outputs"]) > 10
+
+
+@needs_worker
 def test_logprobs(drafted):
     asked = cases("alpha")[:60]
     step = ask(asked, params={"logprobs": 3})
@@ -197,6 +233,7 @@ def test_logprobs(drafted):
             assert best[str(token)] == logprob
 
 
+@needs_worker
 def test_bfloat16(drafted):
     step = ask(cases("demo"), params={"logprobs": 0})
     (result,) = drafted("demo", {**ngram(None), "dtype": "bfloat16"}, [step])["steps"]
@@ -204,6 +241,7 @@ def test_bfloat16(drafted):
     assert len(result["confirmed"]) > 2
 
 
+@needs_worker
 def test_samples_follow_the_distribution(drafted):
     """The second of two sampled tokens, where the first is the likeliest, against transformers."""
     case = cases("alpha")[40]
@@ -224,6 +262,7 @@ def test_samples_follow_the_distribution(drafted):
         assert found == pytest.approx(share, abs=4 * deviation + 1 / len(seconds))
 
 
+@needs_worker
 def test_penalties(drafted):
     """Requests whose next token depends on the last ones otherwise than through the model.
 
@@ -239,6 +278,7 @@ def test_penalties(drafted):
     assert [out["tokens"] for out in ours] == [out["tokens"] for out in plain]
 
 
+@needs_worker
 def test_grammars(drafted):
     """Requests with a grammar have no drafts; those beside them, before and after, may."""
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
@@ -255,6 +295,7 @@ def test_grammars(drafted):
     assert_same(free, [c for i, c in enumerate(asked) if i % 12 != 5])
 
 
+@needs_worker
 def test_adapters(drafted):
     """Drafts of requests with an adapter, beside others of the base model."""
     folder, merged = adapter("alpha", ATTENTION + CONV + MLP, EXPERTS)
@@ -271,6 +312,7 @@ def test_adapters(drafted):
     assert len(result["confirmed"]) == 4
 
 
+@needs_worker
 def test_tensor_parallel(drafted):
     asked = cases("alpha")[:80]
     two = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
@@ -304,9 +346,20 @@ REFUSED = {
 }
 
 
+@needs_worker
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_before_serving(drafted, name):
     engine, message = REFUSED[name]
     refused = drafted.outcome("alpha", engine, [])
     assert refused.error is not None
     assert message in refused.log + refused.error
+
+
+@pytest.mark.skipif(platforms_bring_workers(), reason="SGLang 0.5.23 has drafts on a CPU")
+def test_refused_by_an_older_release(drafted):
+    refused = drafted.outcome("alpha", ngram(4), [])
+    assert refused.error is not None
+    assert (
+        "n-gram speculation on a CPU needs SGLang 0.5.23; this is 0.5.22"
+        in refused.log + refused.error
+    )
