@@ -61,6 +61,7 @@ NAMES = {
     ),
     "compute_spec_logprobs": "sglang.srt.layers.logprob_processor:compute_spec_logprobs",
     "declare_resolution": "sglang.srt.arg_groups.overrides:declare_resolution",
+    "current_platform": "sglang.srt.platforms:current_platform",
     "default_weight_loader": "sglang.srt.model_loader.weight_utils:default_weight_loader",
     "generate_sequence_lengths": "sglang.srt.lora.utils:generate_sequence_lengths",
     "fused_lfm_short_conv_decode": (

@@ -177,7 +177,7 @@ class Lfm2MoeForCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.arch = arch = arch_of(config)
-        check_support(arch)
+        check_support(arch, quant_config)
         check_files(arch, config, quant_config)
         config.use_state_dtype(torch.get_default_dtype())
         self.config = config

@@ -5,10 +5,17 @@ from __future__ import annotations
 from lfm2_plugin.arch import Lfm2MoeArch
 
 from . import SUPPORTED
-from .engine_api import get_parallel, missing_capabilities, sglang_version
+from .cpu_platform import PortableCpuPlatform
+from .engine_api import (
+    QuantizationConfig,
+    current_platform,
+    get_parallel,
+    missing_capabilities,
+    sglang_version,
+)
 
 
-def check_support(arch: Lfm2MoeArch) -> None:
+def check_support(arch: Lfm2MoeArch, quant_config: QuantizationConfig | None) -> None:
     """Refuse what would fail later or give other tokens.
 
     Raises:
@@ -39,4 +46,15 @@ def check_support(arch: Lfm2MoeArch) -> None:
         raise ValueError(
             "LFM2-MoE's short convolutions can't be served with --enable-dp-attention. Leave it out; "
             "--dp-size alone runs whole replicas."
+        )
+    if (
+        quant_config is not None
+        and isinstance(current_platform, PortableCpuPlatform)
+        and getattr(
+            quant_config, "target_scheme_map", True
+        )  # empty: the KV cache alone is quantised
+    ):
+        raise ValueError(
+            f"SGLang has no kernels for weights quantised by {quant_config.get_name()!r} on this CPU (it has some for "
+            "CPUs with AMX, in sgl_kernel). Serve the unquantised checkpoint, leave out --quantization, or use a GPU."
         )
