@@ -76,10 +76,13 @@ BROKEN: dict[str, tuple[Make, tuple[str, ...]]] = {
         with_config(model_type="lfm2", architectures=["Lfm2MoeForCausalLM"]),
         ("model_type 'lfm2'", "serves only 'lfm2_moe'"),
     ),
-    # Transformers' own check of the config speaks first.
+    # In vLLM transformers' own check of the config speaks first.
     "layer types that do not match": (
         with_config(layer_types=["conv", "full_attention", "conv"]),
-        ("`num_hidden_layers` (2) must be equal to the number of `layer_types` (3)",),
+        (
+            "`num_hidden_layers` (2) must be equal to the number of `layer_types` (3)"
+            "|layer_types has 3 entries for num_hidden_layers 2",
+        ),
     ),
     "unknown layer type": (
         with_config(layer_types=["conv", "sliding_attention"]),
@@ -99,4 +102,9 @@ BROKEN: dict[str, tuple[Make, tuple[str, ...]]] = {
         ("shrink9000",),
     ),
 }
-"""Name -> how it is made, and words of the one error."""
+"""Name -> how it is made, and words of the one error, alternatives between bars."""
+
+
+def unsaid(words: tuple[str, ...], text: str) -> list[str]:
+    """The words that a text lacks."""
+    return [word for word in words if not any(one in text for one in word.split("|"))]

@@ -21,6 +21,7 @@ def served(
     url = f"http://127.0.0.1:{port}"
     words = ["--model-path", str(model), "--port", str(port), "--served-model-name", "model"]
     values = [f"{name}={value}" for name, value in {**ENV, **environment}.items()]
-    command = ["env", *values, *CLI, *words, *options]
+    # Elsewhere than here, where "-m" would find the sources before what PYTHONPATH names.
+    command = ["env", "-C", str(log.parent), *values, *CLI, *words, *options]
     with serving(command, url, log, timeout, lambda line: None):
         yield url

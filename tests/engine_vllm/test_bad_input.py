@@ -5,7 +5,7 @@ show.
 """
 
 import pytest
-from broken import BROKEN, with_three_experts
+from broken import BROKEN, unsaid, with_three_experts
 
 pytestmark = pytest.mark.engine
 
@@ -26,7 +26,7 @@ def refused(run, model, engine=None, **options) -> str:
 def test_broken_checkpoint(run, tmp_path, name):
     make, words = BROKEN[name]
     text = refused(run, make(tmp_path / "model"))
-    assert [word for word in words if word not in text] == []
+    assert unsaid(words, text) == []
 
 
 def test_experts_that_can_not_be_divided(run, tmp_path):

@@ -1,0 +1,138 @@
+"""The plugin in the real SGLang: which class serves, what the switches do, and what a broken installation does."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import checkpoint
+from engines import BUILTIN
+from references import assert_same, cases
+from serving import served
+
+from lfm2_plugin.cli.server import ServerFailed
+from lfm2_plugin.register import ARCHITECTURE, SGLANG_CLASS
+
+pytestmark = pytest.mark.engine
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+OURS = SGLANG_CLASS.replace(":", ".")
+BROKEN = "raise ImportError('libbroken.so: no such file')\n"
+TEXT = f"lfm2-plugin can't serve {ARCHITECTURE}: ImportError: libbroken.so: no such file."
+
+
+def resolved(**environment: str) -> dict:
+    """What a process of its own resolves, started like any other."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("LFM2_", "SGLANG_"))}
+    done = subprocess.run(
+        [sys.executable, HERE / "registration_jobs.py"],
+        env=variables | environment, capture_output=True, text=True, timeout=300, cwd="/",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def test_our_class_and_no_other_and_once():
+    answer = resolved()
+    assert answer["ours"]
+    assert Path(answer["file"]).parts[-2:] == ("sglang_model", "model.py")
+    assert answer["platform"] == "PortableCpuPlatform"
+    assert answer["known before"], (
+        "SGLang has a built-in model of this name; without it we replace nothing"
+    )
+    assert answer["changed"] == [ARCHITECTURE]
+    assert answer["added"] == []
+    assert answer["changed by a second call"] == []
+
+
+@pytest.mark.parametrize(
+    "switch", [BUILTIN, {"SGLANG_PLUGINS": "another"}], ids=["off", "not among the plugins"]
+)
+def test_switched_off_the_builtin_serves(server, switch):
+    """In a process that has our CPU platform: without it SGLang can't be imported here."""
+    answer = server.run("registration_jobs:resolve", env=switch).get()
+    assert answer["module"] == "sglang.srt.models.lfm2_moe"
+    assert answer["changed"] == answer["added"] == []
+
+
+def test_one_log_line_says_who_serves(run):
+    outcome = run.outcome("small", {"dtype": "float32"}, [])
+    assert outcome.log.count(f"LFM2-MoE is served by {OURS}.") == 1
+    assert outcome.get()["class"] == [OURS]
+
+
+MINE = """
+from torch import nn
+class MineForCausalLM(nn.Module): pass
+EntryClass = MineForCausalLM
+"""
+
+
+@pytest.fixture
+def users_package(tmp_path: Path) -> tuple[str, dict[str, str]]:
+    """A package of the user's own with a model, and the variable that names it."""
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "mine.py").write_text(MINE)
+    return str(tmp_path), {"SGLANG_EXTERNAL_MODEL_PACKAGE": "mine"}
+
+
+def test_a_package_of_the_users_own_stays(server, users_package):
+    path, env = users_package
+    answer = server.run("registration_jobs:resolve", path=path, env=env).get()
+    assert answer["ours"]
+    assert answer["changed"] == [ARCHITECTURE]
+    assert answer["added"] == ["MineForCausalLM"]
+
+
+def test_serving_beside_a_package_of_the_users_own(server, users_package):
+    path, env = users_package
+    asked = cases("small", 40)
+    steps = [{"prompts": [c.prompt for c in asked]}]
+    model, engine = str(checkpoint("small")), {"dtype": "float32"}
+    job = "registration_jobs:serve"
+    answer = server.run(job, path=path, model=model, engine=engine, steps=steps, env=env).get()
+    assert answer["class"] == [OURS]
+    assert_same(answer["steps"][0], asked)
+
+
+def broken_front(folder: Path, **files: str) -> str:
+    """A copy of our front with some files' text replaced; the folder that it is in."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "sglang_model", folder / "sglang_model", ignore=ignored)
+    for name, text in files.items():
+        (folder / "sglang_model" / f"{name}.py").write_text(text)
+    return str(folder)
+
+
+@pytest.mark.parametrize("file", ["__init__", "defaults", "model", "conv_state"])
+@pytest.mark.parametrize("users", [False, True], ids=["alone", "beside a user's package"])
+def test_a_broken_front_is_not_replaced_by_the_builtin(
+    server, tmp_path, users_package, file, users
+):
+    path = broken_front(tmp_path / "broken", **{file: BROKEN})
+    mine, env = users_package if users else ("", {})
+    if users:
+        shutil.copytree(Path(mine) / "mine", Path(path) / "mine")
+    model, engine = str(checkpoint("small")), {"dtype": "float32"}
+    job = "registration_jobs:serve"
+    outcome = server.run(job, path=path, model=model, engine=engine, steps=[], env=env)
+    assert outcome.error is not None, "the engine started"
+    assert "libbroken.so: no such file" in outcome.log
+    if file in ("defaults", "model"):  # the others break more than the class
+        assert TEXT in outcome.log
+
+
+def test_a_broken_front_stops_a_server(tmp_path):
+    """As a user meets it: a command, and processes that import everything themselves."""
+    path = broken_front(tmp_path / "broken", model=BROKEN)
+    log, options = tmp_path / "log", ["--skip-tokenizer-init"]
+    with pytest.raises(ServerFailed), served(checkpoint("small"), options, log, PYTHONPATH=path):
+        pass
+    assert TEXT in log.read_text()
