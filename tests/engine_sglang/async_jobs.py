@@ -24,16 +24,17 @@ async def _run(llm, prompts: list[list[int]], aborted: set[int], after: int) -> 
     settings = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
 
     async def ask(index: int, name: str, leave_after: int | None) -> tuple[list[int], str]:
+        rid = f"{name}-{index:03}"  # an abort also hits those whose names begin with its own
         tokens: list[int] = []
         reason = ""
         stream = await llm.async_generate(
-            input_ids=prompts[index], sampling_params=settings, stream=True, rid=f"{name}{index}"
+            input_ids=prompts[index], sampling_params=settings, stream=True, rid=rid
         )
         async for out in stream:
             tokens = out["output_ids"]
             reason = (out["meta_info"]["finish_reason"] or {}).get("type", "")
             if leave_after is not None and len(tokens) >= leave_after:
-                llm.tokenizer_manager.abort_request(rid=f"{name}{index}")
+                llm.tokenizer_manager.abort_request(rid=rid)
                 leave_after = None
         return tokens, reason
 

@@ -4,11 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from releases import needs_newest
 
 from benchmarks.sglang_memory import GIB, LAPTOP, VARIANTS, Case, Plan, plan_all
 from sglang_model.memory import PREFIX_SLOTS
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, needs_newest]
 
 MODELS = ("24b", "8b", "2.5-8b")
 SIDES = ("builtin", "ours")

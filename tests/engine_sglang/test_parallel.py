@@ -3,6 +3,8 @@
 import pytest
 from references import assert_bf16, assert_same, cases
 
+from sglang_model.engine_api import snapshots_can_run
+
 pytestmark = pytest.mark.engine
 
 # On a CPU SGLang gives each rank a NUMA node, or the cores that are named here.
@@ -23,7 +25,7 @@ def ask(
             assert_same(outputs, cases(model))
         else:
             assert_bf16(model, outputs)
-    if cache:
+    if cache and snapshots_can_run():
         assert sum(out["cached"] > 0 for out in result["steps"][1]) > 100
     return result
 
@@ -33,7 +35,8 @@ def ask(
     [("alpha", "float32", True), ("beta", "float32", False), ("beta-calm", "bfloat16", False)],
 )
 def test_tensor_parallel(run, model, dtype, cache):
-    assert ask(run, model, dtype, cache, tp_size=2)["loop"] == "overlap"
+    overlaps = not cache or snapshots_can_run()
+    assert ask(run, model, dtype, cache, tp_size=2)["loop"] == ("overlap" if overlaps else "normal")
 
 
 @pytest.mark.parametrize(("model", "dtype"), [("alpha", "float32"), ("beta-calm", "bfloat16")])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conversations import ANSWER, answered, clear, conversations, shared_beginnings
 from references import Case, assert_same, cases
+from releases import needs_snapshots
 from tolerances import BOUNDS
 
 from sglang_model.config import SNAPSHOT_GRID
@@ -29,11 +30,16 @@ SNAPSHOTS = {"mamba_radix_cache_strategy": "extra_buffer"}
 @pytest.mark.parametrize(
     ("options", "strategy"),
     [
-        ({}, "extra_buffer"),  # what a user gets without asking for anything
-        (NO_OVERLAP, "no_buffer"),
-        ({**NO_OVERLAP, **SNAPSHOTS}, "extra_buffer"),
+        # The first is what a user gets without asking for anything.
+        pytest.param({}, "extra_buffer", id="default", marks=needs_snapshots),
+        pytest.param(NO_OVERLAP, "no_buffer", id="no overlap"),
+        pytest.param(
+            {**NO_OVERLAP, **SNAPSHOTS},
+            "extra_buffer",
+            id="no overlap but snapshots",
+            marks=needs_snapshots,
+        ),
     ],
-    ids=["default", "no overlap", "no overlap but snapshots"],
 )
 @pytest.mark.parametrize("model", ["alpha", "beta"])
 def test_turns_and_shared_beginnings(run, model, options, strategy):
@@ -77,6 +83,7 @@ def test_off(run):
         assert hits(outputs) == 0
 
 
+@needs_snapshots
 @pytest.mark.parametrize("mixed", [False, True], ids=["chunked", "mixed"])
 @pytest.mark.parametrize("size", [16, 64, 256])
 def test_chunked_prefill_with_cache(run, size, mixed):
@@ -96,6 +103,7 @@ def branches(model: str) -> list[Case]:
     return [c for c in answered(model, asked) if clear(c)]
 
 
+@needs_snapshots
 @pytest.mark.parametrize("model", ["alpha", "beta"])
 def test_branches_in_the_middle_of_a_prompt(run, model):
     """The second that leaves at a depth finds the snapshot that the first left there, and so no more."""
@@ -111,6 +119,7 @@ def test_branches_in_the_middle_of_a_prompt(run, model):
         assert len(case.prompt) - 40 - SNAPSHOT_GRID <= out["cached"] < len(case.prompt)
 
 
+@needs_snapshots
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_hit_changes_no_logprob(run, dtype):
     """The same prompt, cold and from the cache: equal tokens, logprobs equal to rounding."""
@@ -125,6 +134,7 @@ def test_a_hit_changes_no_logprob(run, dtype):
         assert first["logprobs"][0] == pytest.approx(second["logprobs"][0], abs=noise)
 
 
+@needs_snapshots
 @pytest.mark.parametrize(
     "scarce",
     [{"max_total_tokens": 2600}, {"max_mamba_cache_size": 48, "max_running_requests": 8}],
