@@ -10,5 +10,5 @@ needs_snapshots = pytest.mark.skipif(
     reason="SGLang 0.5.22 can keep no snapshots of states on a CPU, so its prefix cache finds whole requests only",
 )
 needs_newest = pytest.mark.skipif(
-    sglang_version() != SUPPORTED[1], reason=f"the arithmetic is that of SGLang {SUPPORTED[1]}"
+    sglang_version != SUPPORTED[1], reason=f"the arithmetic is that of SGLang {SUPPORTED[1]}"
 )
