@@ -10,19 +10,29 @@ import httpx
 from demo_reference import answers, held_out, score
 from openai_http import ask, body, joined, stream
 
-from lfm2_plugin.demo.tasks import CALL_START, questions
+from lfm2_plugin.demo.tasks import CALL_START, Question, questions
 
 QUESTIONS = 500
+Rendered = Callable[[Question], Question]
 
 
-def answers_under_64_concurrent_requests(url: str, count: int = QUESTIONS) -> None:
-    """As many right answers as transformers, within one of 500."""
-    asked = held_out(count)
+def as_asked(question: Question) -> Question:
+    """A server that puts into the prompt what the client sent, and no more."""
+    return question
+
+
+def answers_under_64_concurrent_requests(url: str, rendered: Rendered = as_asked) -> None:
+    """As many right answers as transformers, within one of 500.
+
+    Args:
+        rendered: what the server makes of a question before it comes to the chat template.
+    """
+    asked = held_out(QUESTIONS)
     with ThreadPoolExecutor(64) as pool:
         texts = list(pool.map(lambda q: ask(url, q), asked))
-    ours, theirs = score(asked, texts), score(asked, answers(asked))
-    assert theirs > count / 2  # the model knows its tasks, so a broken state would show
-    assert abs(ours - theirs) <= count // QUESTIONS
+    ours, theirs = score(asked, texts), score(asked, answers([rendered(q) for q in asked]))
+    assert theirs > QUESTIONS / 2  # the model knows its tasks, so a broken state would show
+    assert abs(ours - theirs) <= QUESTIONS // 500
 
 
 def streamed_answers_are_the_whole_ones(url: str) -> None:
@@ -35,14 +45,15 @@ def streamed_answers_are_the_whole_ones(url: str) -> None:
     assert any(len(deltas) > 4 for deltas, _ in streamed)  # it came in pieces
 
 
-def tool_calls(url: str) -> None:
+def tool_calls(url: str, rendered: Rendered = as_asked) -> None:
     """The parser finds name and arguments of what transformers writes, in one piece and streamed."""
     asked = questions(seed=32, n=24, task="tool_call")
     with ThreadPoolExecutor(24) as pool:
         whole = list(pool.map(lambda q: ask(url, q), asked))
         streamed = [joined(deltas) for deltas, _ in pool.map(lambda q: stream(url, q), asked)]
     assert streamed == whole
-    theirs = [replace(q, answer=text) for q, text in zip(asked, answers(asked), strict=True)]
+    expected = answers([rendered(q) for q in asked])
+    theirs = [replace(q, answer=text) for q, text in zip(asked, expected, strict=True)]
     assert all(CALL_START in q.answer for q in theirs)
     assert score(theirs, whole) == len(asked)
     assert all(text.startswith(CALL_START) for text in whole)  # so it was the parser's
