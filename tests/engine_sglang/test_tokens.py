@@ -33,6 +33,14 @@ def test_alone_and_in_mixed_batches(run, model):
     assert max(decodes) > 60  # 64 are let in, and some may end while others are still read
 
 
+def test_sglangs_own_attention(run):
+    """The backend that a user names stays, and gives the same tokens."""
+    engine = {"dtype": "float32", "attention_backend": "torch_native", **NO_CACHE}
+    result = run("beta", engine, [{"prompts": prompts_of("beta")}])
+    assert result["options"]["attention_backend"] == "torch_native"
+    assert_same(result["steps"][0], cases("beta"))
+
+
 @pytest.mark.parametrize("size", [16, 64, 256])
 @pytest.mark.parametrize("model", ["alpha", "beta"])
 def test_chunked_prefill(run, model, size):
