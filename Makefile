@@ -77,8 +77,9 @@ bench: env ## ours against the built-in model, same flags, in turn
 bench-sglang: env-sglang ## ours against stock SGLang with only what a CPU needs to run it
 	$(SGLANG)/python -m benchmarks.compare --engine sglang $(BENCH)
 
-memory: env ## the table of cache memory, from vLLM's own planner
+memory: env env-sglang ## the tables of cache memory, from the engines' own planners
 	$(VLLM)/python -m benchmarks.memory --write
+	$(SGLANG)/python -m benchmarks.sglang_memory --write
 
 tree: ## the file tree in README.md, from the files' docstrings
 	$(PYTHON) tools/file_tree.py

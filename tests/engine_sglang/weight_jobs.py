@@ -1,12 +1,22 @@
 """What the tests of weight updates run inside the child, beside the steps that all tests have."""
 
+import time
 from pathlib import Path
 
 import engine_jobs
 
 
+def wait_until_idle(llm) -> None:
+    """An answer can come a moment before its request leaves the scheduler, which then flushes no cache."""
+    deadline = time.monotonic() + engine_jobs.PATIENCE_S
+    while engine_jobs.ask_ranks(llm, "report")[0]["unfinished"]:
+        assert time.monotonic() < deadline, "the engine doesn't come to rest"
+        time.sleep(0.02)
+
+
 def from_disk(llm, folder: str) -> dict:
     """Writes a checkpoint's weights over the engine's."""
+    wait_until_idle(llm)
     success, message = llm.update_weights_from_disk(folder)[:2]
     return {"success": success, "message": message}
 
@@ -21,6 +31,7 @@ def from_tensors(llm, folder: str, names: list[str] | None = None, piece: int = 
     (file,) = Path(folder).glob("*.safetensors")
     tensors = load_file(file)
     pairs = [n if isinstance(n, list) else [n, n] for n in (names or tensors)]
+    wait_until_idle(llm)
     llm.begin_weight_update()
     for start in range(0, len(pairs), piece):
         part = [(told, tensors[name]) for name, told in pairs[start : start + piece]]
