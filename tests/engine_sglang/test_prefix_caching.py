@@ -1,9 +1,12 @@
 """The radix cache gives the same tokens, and hits: several turns, shared beginnings, branches, eviction."""
 
+import random
+
 import pytest
 import torch
 from conversations import ANSWER, answered, clear, conversations, shared_beginnings
-from references import Case, assert_same, cases
+from prompts import fresh_tokens
+from references import Case, assert_same, cases, vocabulary
 from releases import needs_snapshots
 from tolerances import BOUNDS
 
@@ -120,6 +123,33 @@ def test_branches_in_the_middle_of_a_prompt(run, model):
 
 
 @needs_snapshots
+@pytest.mark.parametrize("interval", [None, 16])
+@pytest.mark.parametrize("model", ["alpha", "beta"])
+def test_states_of_answers(run, model, interval):
+    """A second turn begins in the middle of the first one's answer, with a state kept while decoding.
+
+    By default one is kept at every 256th token, so the first turns end before that; or at every 16th.
+    """
+    rng, vocab = random.Random(5), vocabulary(model)
+    place = interval or 256
+    lengths = [place - 10 + i % 9 for i in range(24)] if interval is None else range(40, 64)
+    first = [c for c in answered(model, [fresh_tokens(rng, vocab, n) for n in lengths]) if clear(c)]
+    said = [c.prompt + c.expected.tokens for c in first]
+    second = answered(model, [tokens + fresh_tokens(rng, vocab, 9) for tokens in said])
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if clear(b)]
+    assert len(pairs) > 15
+    options = {} if interval is None else {"mamba_track_interval": interval}
+    steps = [ask([a for a, _ in pairs]), ask([b for _, b in pairs])]
+    result = run(model, {**FLOAT, **options}, steps)["steps"]
+    assert_same(result[0], [a for a, _ in pairs])
+    assert_same(result[1], [b for _, b in pairs])
+    # The answer's last token is not fed back, so there is no state after it.
+    last = [(len(a.prompt) + ANSWER - 1) // place * place for a, _ in pairs]
+    within = [i for i, (a, _) in enumerate(pairs) if last[i] > len(a.prompt)]
+    assert len(within) > 8
+    assert [result[1][i]["cached"] for i in within] == [last[i] for i in within]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_hit_changes_no_logprob(run, dtype):
     """The same prompt, cold and from the cache: equal tokens, logprobs equal to rounding."""
