@@ -1,5 +1,7 @@
 """``python -m sglang.launch_server`` for the length of a block."""
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,5 +25,6 @@ def served(
     values = [f"{name}={value}" for name, value in {**ENV, **environment}.items()]
     # Elsewhere than here, where "-m" would find the sources before what PYTHONPATH names.
     command = ["env", "-C", str(log.parent), *values, *CLI, *words, *options]
-    with serving(command, url, log, timeout, lambda line: None):
+    with serving(command, url, log, timeout, lambda line: None) as process:
         yield url
+        os.killpg(process.pid, signal.SIGKILL)  # asked, the Rust server takes its time

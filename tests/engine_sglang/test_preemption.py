@@ -34,9 +34,8 @@ def answer_under_pressure(run, folder, prompts: list[list[int]], **options) -> l
     # Of unequal length, so that there is room for a prompt while others are in mid-answer.
     lengths = [ANSWER if i % 2 else NEW_TOKENS + i % 80 for i in range(len(prompts))]
     params = [{"ignore_eos": False, "max_new_tokens": n, "logprobs": 0} for n in lengths]
-    outputs = run(folder, engine, [{"prompts": prompts, "params": params}], env=RECKLESS)["steps"][
-        0
-    ]
+    step = {"prompts": prompts, "params": params}
+    (outputs,) = run(folder, engine, [step], env=RECKLESS)["steps"]
     assert sum(out["retractions"] for out in outputs) > 10
     return outputs
 
