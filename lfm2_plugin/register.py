@@ -86,7 +86,8 @@ def register_sglang() -> None:
                 "%s=off: SGLang serves %s with its built-in model", SWITCH, ARCHITECTURE
             )
             return
-        _take_sglang_entry()
+        # At once, so that an import of the registry on the way finds it; the class only after all that may fail.
+        os.environ.setdefault(SGLANG_ENTRY_VARIABLE, SGLANG_ENTRY)
         front = importlib.import_module("sglang_model")
         version = importlib.import_module("sglang.version").__version__
         warning = check_release(version, front.SUPPORTED, "SGLang", significant=3)
@@ -96,7 +97,7 @@ def register_sglang() -> None:
     except Exception as error:
         _sglang_failure = error
         _sglang_log.exception("lfm2-plugin can't serve %s", ARCHITECTURE)
-        _take_sglang_entry()
+    _take_sglang_entry()
 
 
 def _take_sglang_entry() -> None:
