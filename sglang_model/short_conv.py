@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lfm2_plugin.arch import Lfm2MoeArch
+from lfm2_plugin.depthwise_kernel import DepthwiseKernel
 
 from .engine_api import (
     ForwardBatch,
@@ -20,28 +21,6 @@ from .engine_api import (
     get_attn_backend,
     get_parallel,
 )
-
-
-class DepthwiseKernel(nn.Module):
-    """The convolution's weight (D, K) and bias (D,), D per rank; loads the (D, 1, K) of a checkpoint."""
-
-    def __init__(self, channels: int, width: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = self._parameter(channels, width)
-        self.bias = self._parameter(channels) if bias else None
-
-    def _parameter(self, *shape: int) -> nn.Parameter:
-        parameter = nn.Parameter(torch.zeros(*shape), requires_grad=False)
-        parameter.weight_loader = self._load  # type: ignore[attr-defined]  # SGLang's hook on a parameter
-        return parameter
-
-    @staticmethod
-    def _load(parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-        if loaded.dim() == 3:
-            loaded = loaded.squeeze(1)
-        channels = parameter.shape[0]
-        first = get_parallel().tp_rank * channels
-        parameter.data.copy_(loaded[first : first + channels])
 
 
 class Lfm2ShortConv(nn.Module):
@@ -57,7 +36,10 @@ class Lfm2ShortConv(nn.Module):
         super().__init__()
         self.layer_id = layer_id
         dim = arch.hidden_size
-        self.conv = DepthwiseKernel(dim // get_parallel().tp_size, arch.conv_width, arch.conv_bias)
+        parallel = get_parallel()
+        self.conv = DepthwiseKernel(
+            dim // parallel.tp_size, arch.conv_width, arch.conv_bias, parallel.tp_rank
+        )
         self.in_proj = MergedColumnParallelLinear(
             dim,
             [dim] * 3,

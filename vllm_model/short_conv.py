@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lfm2_plugin.arch import Lfm2MoeArch
+from lfm2_plugin.depthwise_kernel import DepthwiseKernel
 from lfm2_plugin.ops.short_conv import short_conv
 
 from .conv_state import ConvStatePage, ConvStepMetadata
@@ -26,28 +27,6 @@ from .engine_api import (
     get_tensor_model_parallel_world_size,
     short_conv_op,
 )
-
-
-class DepthwiseKernel(nn.Module):
-    """The convolution's weight (D, K) and bias (D,), D per rank; loads the (D, 1, K) of a checkpoint."""
-
-    def __init__(self, channels: int, width: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = self._parameter(channels, width)
-        self.bias = self._parameter(channels) if bias else None
-
-    def _parameter(self, *shape: int) -> nn.Parameter:
-        parameter = nn.Parameter(torch.zeros(*shape), requires_grad=False)
-        parameter.weight_loader = self._load  # type: ignore[attr-defined]  # vLLM's hook on a parameter
-        return parameter
-
-    @staticmethod
-    def _load(parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-        if loaded.dim() == 3:
-            loaded = loaded.squeeze(1)
-        channels = parameter.shape[0]
-        first = get_tensor_model_parallel_rank() * channels
-        parameter.data.copy_(loaded[first : first + channels])
 
 
 class Lfm2ShortConv(nn.Module):
@@ -76,7 +55,9 @@ class Lfm2ShortConv(nn.Module):
         dim = arch.hidden_size
         self.dim = dim // get_tensor_model_parallel_world_size()
         self.max_query_len = 1 + vllm_config.num_speculative_tokens
-        self.conv = DepthwiseKernel(self.dim, arch.conv_width, arch.conv_bias)
+        self.conv = DepthwiseKernel(
+            self.dim, arch.conv_width, arch.conv_bias, get_tensor_model_parallel_rank()
+        )
         self.in_proj = MergedColumnParallelLinear(
             input_size=dim,
             output_sizes=[dim] * 3,
