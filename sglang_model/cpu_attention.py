@@ -8,6 +8,7 @@ run as one batch; what derives from lengths alone is made once a step and shared
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,14 +41,12 @@ class Group:
     lengths: torch.Tensor
     real: torch.Tensor | None
 
-    @property
-    def needs_mask(self) -> bool:
-        """False where every query sees all keys, or where one prompt without prefix is read causally."""
-        return not (self.decodes_alike or self.is_whole_prompt)
-
-    @property
-    def decodes_alike(self) -> bool:
-        return self.queries.shape[1] == 1 and bool((self.lengths == self.keys.shape[1]).all())
+    @cached_property
+    def decode_mask(self) -> torch.Tensor | None:
+        """(N, 1, 1, L) bool: which keys each request's one query may see; None where all may see all."""
+        if (self.lengths == self.keys.shape[1]).all():
+            return None
+        return _visible(self, slice(0, 1))
 
     @property
     def is_whole_prompt(self) -> bool:
@@ -168,7 +167,7 @@ def _fits(members: list[int], index: int, new: list[int], lengths: list[int]) ->
     longest = max(lengths[i] for i in together)
     if len(together) * widest * longest > MASK_ELEMENTS:
         return False
-    real = sum(max(new[i], 1) * lengths[i] for i in together)
+    real = sum(new[i] * lengths[i] for i in together)
     padded = len(together) * widest * longest
     return padded <= PADDING * real + CALL_KEYS * widest
 
@@ -227,8 +226,7 @@ def attend(
     if Q == 1:
         # The query heads of a kv head as so many queries: no copy of the keys for each of them.
         q = query[group.queries[:, 0]].view(N, G, H // G, P)
-        mask = None if group.decodes_alike else _visible(group, slice(0, 1))
-        mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=group.decode_mask, scale=scale)
         out[group.queries[:, 0]] = mixed.reshape(N, H, P)
         return
     q = query[group.queries.view(-1)].view(N, Q, H, P).transpose(1, 2)
