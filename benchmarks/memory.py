@@ -12,20 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.planning import GIB, ROOT, TITLES, markdown, plan_in_process, work
 from benchmarks.provenance import provenance
-from benchmarks.sides import SIDES, side_environment, wrong_class
+from benchmarks.sides import SIDES, side_environment
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "memory.md"
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -107,51 +103,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no prefix cache, fp8 KV": {"cache_mode": "none", "kv_dtype": "fp8"},
     "prefix cache, fp8 KV": {"cache_mode": "align", "kv_dtype": "fp8"},
 }
-TITLES = {"24b": "LFM2-24B-A2B", "8b": "LFM2-8B-A1B", "2.5-8b": "LFM2.5-8B-A1B"}
 
 
 def plan_all(side: str, cases: list[Case], timeout: float = 1800.0) -> list[Plan]:
-    """Plan every case with one side's model class, in a fresh process.
-
-    Raises:
-        RuntimeError: the process failed, or the engine resolved the other side's class.
-
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        answer = Path(temporary) / "plans.json"
-        command = [sys.executable, "-m", "benchmarks.memory", "--worker", str(answer)]
-        done = subprocess.run(
-            command,
-            input=json.dumps([asdict(case) for case in cases]),
-            env=side_environment(side),
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-        if done.returncode:
-            raise RuntimeError(
-                f"planning {side} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-            )
-        plans = [Plan(**entry) for entry in json.loads(answer.read_text())]
-    for plan in plans:
-        if problem := wrong_class(side, plan.model_class):
-            raise RuntimeError(problem)
-    return plans
+    """Plan every case with one side's model class; raises as :func:`~benchmarks.planning.plan_in_process`."""
+    environment = side_environment(side)
+    entries = plan_in_process("benchmarks.memory", side, cases, environment, timeout)
+    return [Plan(**entry) for entry in entries]
 
 
 def _work(answer: Path) -> None:
-    """The planning process: cases as JSON on stdin, plans as JSON in a file (stdout is vLLM's)."""
     from benchmarks.kv_plan import plan
 
-    plans = [plan(Case(**entry)) for entry in json.load(sys.stdin)]
-    answer.write_text(json.dumps([asdict(p) for p in plans]))
-
-
-def _markdown(head: str, rows: list[list[str]]) -> str:
-    header = head.split("|")
-    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    work(lambda entry: plan(Case(**entry)), answer)
 
 
 def tables(
@@ -185,14 +149,14 @@ def tables(
         f"## {TITLES.get(model, model)}\n\n"
         f"Weights {first.weight_bytes / GIB:.2f} GiB, left for the cache {first.cache_bytes / GIB:.2f} GiB.\n\n"
     )
-    text += _markdown(
-        "conv bytes of a request|claim: built-in|ours|ratio|peak: built-in|ours|ratio|decoding: built-in|ours|ratio",
-        held,
-    )
-    text += "\n" + _markdown(
-        "|conv groups: built-in|ours|block: built-in|ours|prefill steps: built-in|ours|requests: built-in|ours",
-        fits,
-    )
+    head = ["conv bytes of a request"]
+    for quantity in ("claim", "peak", "decoding"):
+        head += [f"{quantity}: built-in", "ours", "ratio"]
+    text += markdown(head, held)
+    head = [""]
+    for quantity in ("conv groups", "block", "prefill steps", "requests"):
+        head += [f"{quantity}: built-in", "ours"]
+    text += "\n" + markdown(head, fits)
     return text, records
 
 

@@ -12,23 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.planning import GIB, ROOT, TITLES, markdown, plan_in_process, work
 from benchmarks.provenance import provenance
-from benchmarks.sides import SIDES, side_environment, wrong_class
+from benchmarks.sides import SIDES, side_environment
 from benchmarks.stock_sglang import platform_environment
 from sglang_model.memory import PREFIX_SLOTS
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "memory-sglang.md"
 RESULTS = ROOT / "benchmarks" / "results" / "memory-sglang.json"
-MIB, GIB = 2**20, 2**30
-TITLES = {"24b": "LFM2-24B-A2B", "8b": "LFM2-8B-A1B", "2.5-8b": "LFM2.5-8B-A1B"}
+MIB = 2**20
 
 PLATFORM = "paper_gpu"
 _PLATFORM_ENTRY = f"[sglang.srt.platforms]\n{PLATFORM} = benchmarks.sglang_memory:platform\n"
@@ -128,50 +124,20 @@ class Plan:
 
 
 def plan_all(side: str, cases: list[Case], timeout: float = 1800.0) -> list[Plan]:
-    """Plan every case with one side's model class, in a fresh process.
-
-    Raises:
-        RuntimeError: the process failed, or the engine resolved the other side's class.
-
-    """
-    entries = _PLATFORM_ENTRY + (_PLUGIN_ENTRY if side == "ours" else "")
-    environment = side_environment(side) | platform_environment(PLATFORM, entries)
-    with tempfile.TemporaryDirectory() as temporary:
-        answer = Path(temporary) / "plans.json"
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.sglang_memory", "--worker", str(answer)],
-            input=json.dumps([asdict(case) for case in cases]),
-            env=environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-        if done.returncode:
-            raise RuntimeError(
-                f"planning {side} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-            )
-        plans = [Plan(**entry) for entry in json.loads(answer.read_text())]
-    for plan in plans:
-        if problem := wrong_class(side, plan.model_class):
-            raise RuntimeError(problem)
-    return plans
+    """Plan every case with one side's model class; raises as :func:`~benchmarks.planning.plan_in_process`."""
+    plugins = _PLATFORM_ENTRY + (_PLUGIN_ENTRY if side == "ours" else "")
+    environment = side_environment(side) | platform_environment(PLATFORM, plugins)
+    entries = plan_in_process("benchmarks.sglang_memory", side, cases, environment, timeout)
+    return [Plan(**entry) for entry in entries]
 
 
 def _work(answer: Path) -> None:
-    """The planning process: cases as JSON on stdin, plans as JSON in a file (stdout is SGLang's)."""
     from sglang.srt.plugins import load_plugins
 
     load_plugins()  # before the modules that are imported next, as in SGLang's own processes
     from benchmarks.sglang_plan import plan
 
-    plans = [plan(Case(**entry)) for entry in json.load(sys.stdin)]
-    answer.write_text(json.dumps([asdict(p) for p in plans]))
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    work(lambda entry: plan(Case(**entry)), answer)
 
 
 COLUMNS = {
@@ -195,7 +161,7 @@ def table(plans: dict[str, list[Plan]], names: list[str]) -> str:
     head = [""]
     for column in COLUMNS:
         head += [f"{column}: built-in", "ours"]
-    return _markdown([*head, "ratio"], rows)
+    return markdown([*head, "ratio"], rows)
 
 
 def section(model: str, plans: dict[str, list[Plan]]) -> str:
@@ -215,7 +181,7 @@ def laptop(plans: list[Plan]) -> str:
         [name, *(write(plan) for write in COLUMNS.values())]
         for name, plan in zip(LAPTOP, plans, strict=True)
     ]
-    return _markdown(["", *COLUMNS], rows)
+    return markdown(["", *COLUMNS], rows)
 
 
 DOCUMENT_TEXT = """\
