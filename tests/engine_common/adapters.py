@@ -5,8 +5,10 @@ from pathlib import Path
 import torch
 from checkpoints import checkpoint
 from engines import SHARED
-from hf_reference import fingerprint, load
+from hf_reference import fingerprint, greedy, load
+from references import NEW_TOKENS, Case, cases
 from shared_cache import made_once
+from tolerances import CLEAR_MARGIN
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "self_attn.out_proj"]
 CONV = ["conv.in_proj", "conv.out_proj"]
@@ -41,3 +43,12 @@ def adapter(model: str, modules: list[str], parameters: list[str] = ()) -> tuple
     key = fingerprint(base, "lora", list(modules), list(parameters))
     folder = made_once(SHARED / "lora" / key, make)
     return folder / "adapter", folder / "merged"
+
+
+def adapted_cases(model: str, merged: Path) -> list[Case]:
+    """The shorter prompts and the merged model's answers, where these are clear in every step."""
+    asked = [c.prompt for c in cases(model) if len(c.prompt) <= 300][:80]
+    answers = greedy(merged, asked, NEW_TOKENS)
+    return [
+        Case(p, a) for p, a in zip(asked, answers, strict=True) if min(a.margins) >= CLEAR_MARGIN
+    ]

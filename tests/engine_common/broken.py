@@ -108,3 +108,16 @@ BROKEN: dict[str, tuple[Make, tuple[str, ...]]] = {
 def unsaid(words: tuple[str, ...], text: str) -> list[str]:
     """The words that a text lacks."""
     return [word for word in words if not any(one in text for one in word.split("|"))]
+
+
+def refused(run, model, engine: dict, long_work: tuple[str, ...], **options) -> str:
+    """What the user reads when the engine doesn't start: the error and the log.
+
+    Args:
+        long_work: what the log would say of work that should not have been begun.
+    """
+    outcome = run.outcome(model, engine, [], **options)
+    assert outcome.error is not None, "the engine started"
+    text = f"{outcome.error}\n{outcome.log}"
+    assert not [mark for mark in long_work if mark in text]
+    return text

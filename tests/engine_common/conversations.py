@@ -46,3 +46,8 @@ def shared_beginnings(model: str, common: int, count: int) -> list[Case]:
     system = fresh_tokens(rng, vocab, common)
     asked = [system + fresh_tokens(rng, vocab, rng.randrange(1, 150)) for _ in range(2 * count)]
     return [c for c in answered(model, asked) if clear(c)][:count]
+
+
+def hits(outputs: list[dict]) -> int:
+    """How many requests found something in the prefix cache."""
+    return sum(out["cached"] > 0 for out in outputs)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,3 +53,24 @@ def kept_demo() -> Iterator[tuple[str, str]]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+def demo_answers_right(printed: str, served_by: str) -> None:
+    """What ``lfm2 demo`` printed: two right answers with their speeds, and the class that gave them."""
+    assert re.search(rf"served by +{re.escape(served_by)}$", printed, re.MULTILINE)
+    assert printed.count("\n  right; ") == 2, printed
+    assert len(re.findall(r"[\d.]+ tokens/s", printed)) == 2
+
+
+def openai_client_understands(url: str) -> None:
+    printed = run(sys.executable, EXAMPLES / "openai_client.py", url)
+    assert "chat: apple river star\n" in printed
+    assert "streamed: apple river star\n" in printed
+    assert "tool call: find_weather({'city': 'Paris'})" in printed
+
+
+def offline_answers_right(example: str) -> None:
+    printed = run(sys.executable, EXAMPLES / example)
+    assert printed.count("generate: ") == 2
+    assert "chat: 'Repeat: apple river star' -> 'apple river star'" in printed
+    assert "chat: 'What is park?' -> '88'" in printed

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conversations import ANSWER, answered, clear, conversations, shared_beginnings
+from conversations import ANSWER, answered, clear, conversations, hits, shared_beginnings
 from prompts import fresh_tokens
 from references import Case, assert_same, cases, vocabulary
 from releases import needs_snapshots
@@ -16,10 +16,6 @@ pytestmark = pytest.mark.engine
 
 FLOAT = {"dtype": "float32"}
 PARAMS = {"max_new_tokens": ANSWER}
-
-
-def hits(outputs: list[dict]) -> int:
-    return sum(out["cached"] > 0 for out in outputs)
 
 
 def ask(asked: list[Case], **options) -> dict:

@@ -1,17 +1,12 @@
 """What users ask of an engine beside greedy tokens: n, logprobs, stops, aborts, structured output."""
 
-import json
-import math
-
 import pytest
+import sampling_checks
 import torch
-from checkpoints import DEMO, checkpoint
-from demo_reference import prompt_ids
+from checkpoints import checkpoint
 from hf_reference import load
 from references import Case, assert_same, cases
 from tolerances import BOUNDS
-
-from lfm2_plugin.demo.tasks import questions
 
 pytestmark = pytest.mark.engine
 
@@ -67,15 +62,8 @@ def test_n_completions_differ_where_they_are_sampled(sampled, asked):
 def test_samples_follow_the_distribution(sampled, distributions):
     """400 first tokens against transformers' probabilities, within four standard deviations."""
     exact = distributions[0][-1].exp()
-    drawn = torch.zeros_like(exact)
-    for completion in sampled[1][0]["all"]:
-        drawn[completion["tokens"][0]] += 1
-    count = int(drawn.sum())
-    assert count == 400
-    for token in exact.topk(8).indices:
-        share = exact[token].item()
-        deviation = math.sqrt(share * (1 - share) / count)
-        assert drawn[token].item() / count == pytest.approx(share, abs=4 * deviation + 1 / count)
+    assert len(sampled[1][0]["all"]) == 400
+    sampling_checks.first_tokens_follow(exact, sampled[1][0]["all"])
 
 
 def test_logprobs_are_transformers_own(sampled, asked, distributions):
@@ -118,63 +106,20 @@ def test_abort_in_flight(server, cache):
     assert result["unfinished"] == 0
 
 
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "city": {"type": "string", "enum": ["Oslo", "Lima", "Quito"]},
-        "count": {"type": "integer", "minimum": 0, "maximum": 99},
-    },
-    "required": ["city", "count"],
-    "additionalProperties": False,
-}
-
-
 @pytest.fixture(scope="module")
-def chat_prompts() -> list[list[int]]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    return [prompt_ids(tokenizer, q) for q in questions(seed=11, n=24)]
-
-
-@pytest.fixture(scope="module")
-def texts(run, chat_prompts):
+def texts(run):
     """Free answers, the same with stop strings, and half of them under a JSON schema."""
-    free = {"prompts": chat_prompts, "params": {"max_new_tokens": 40, "ignore_eos": False}}
-    first = run("demo", WITH_TEXT, [free])["steps"][0]
-    stops = [out["text"][len(out["text"]) // 2 :][:2] for out in first]
-    stopped = [{**free["params"], "stop": [s]} if s else {} for s in stops]
-    structured = {"json_schema": SCHEMA, "max_new_tokens": 80, "ignore_eos": False}
-    mixed = [structured if i % 2 else free["params"] for i in range(len(chat_prompts))]
-    steps = [
-        {"prompts": chat_prompts, "params": stopped},
-        {"prompts": chat_prompts, "params": mixed},
-    ]
-    second = run("demo", WITH_TEXT, steps)["steps"]
-    return {"free": first, "stops": stops, "stopped": second[0], "mixed": second[1]}
+    return sampling_checks.texts_of(
+        lambda steps: run("demo", WITH_TEXT, steps)["steps"], length="max_new_tokens"
+    )
 
 
 def test_stop_strings_cut_the_text(texts):
-    tried = 0
-    for free, stop, out in zip(texts["free"], texts["stops"], texts["stopped"], strict=True):
-        if not stop:
-            continue
-        tried += 1
-        assert out["text"] == free["text"][: free["text"].index(stop)]
-        assert out["finish"] == "stop"
-        assert out["stop"] == stop
-    assert tried > 10
+    sampling_checks.stop_strings_cut_the_text(texts)
 
 
 def test_structured_output_beside_free_answers(texts):
-    for index, out in enumerate(texts["mixed"]):
-        if index % 2 == 0:
-            assert out["text"] == texts["free"][index]["text"]
-        else:
-            assert out["finish"] == "stop"
-            value = json.loads(out["text"])
-            assert value["city"] in ("Oslo", "Lima", "Quito")
-            assert 0 <= value["count"] <= 99
+    sampling_checks.structured_output_beside_free_answers(texts)
 
 
 def test_requests_of_one_token_and_of_the_full_length(run):

@@ -1,10 +1,8 @@
 """Adapters made by PEFT answer like the model they were merged into; the base model stays as it was."""
 
 import pytest
-from adapters import ATTENTION, CONV, EXPERTS, MLP, adapter
-from hf_reference import greedy
-from references import NEW_TOKENS, Case, assert_same, cases, wrong
-from tolerances import CLEAR_MARGIN
+from adapters import ATTENTION, CONV, EXPERTS, MLP, adapted_cases, adapter
+from references import assert_same, cases, wrong
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -16,15 +14,6 @@ TARGETS = {
     "experts": ([], EXPERTS),
     "all": (ATTENTION + CONV + MLP, EXPERTS),
 }
-
-
-def adapted_cases(model: str, merged) -> list[Case]:
-    """The shorter prompts and the merged model's answers, where these are clear in every step."""
-    asked = [c.prompt for c in cases(model) if len(c.prompt) <= 300][:80]
-    answers = greedy(merged, asked, NEW_TOKENS)
-    return [
-        Case(p, a) for p, a in zip(asked, answers, strict=True) if min(a.margins) >= CLEAR_MARGIN
-    ]
 
 
 @pytest.mark.parametrize("model", ["alpha", "beta"])

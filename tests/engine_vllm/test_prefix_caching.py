@@ -2,17 +2,13 @@
 
 import pytest
 import torch
-from conversations import ANSWER, conversations, shared_beginnings
+from conversations import ANSWER, conversations, hits, shared_beginnings
 from references import assert_same, cases
 from tolerances import BOUNDS
 
 pytestmark = pytest.mark.engine
 
 CACHE = {"dtype": "float32", "enable_prefix_caching": True}
-
-
-def hits(outputs: list[dict]) -> int:
-    return sum(out["cached"] > 0 for out in outputs)
 
 
 @pytest.mark.parametrize("block", [32, 128])
