@@ -16,7 +16,6 @@ def main(model: str) -> None:
         model_path=model,
         context_length=2048,
         max_running_requests=8,
-        max_total_tokens=16384,
         log_level="warning",
     )
     greedy = {"temperature": 0, "max_new_tokens": 64}

@@ -13,8 +13,9 @@ from .engine_api import (
     register_hybrid_model,
     register_resolution_hook,
     resolving_view,
+    said_by_user,
 )
-from .memory import memory_options
+from .memory import cpu_memory_options, memory_options
 from .speculation import settle_drafts
 
 ARCHITECTURE = "Lfm2MoeForCausalLM"
@@ -53,5 +54,7 @@ def settle_memory(server_args: Any, previous: Callable[[Any], None]) -> None:
     state_dtype = conv_state_dtype_of_user() or model.dtype
     options = resolving_view(server_args)
     chosen = memory_options(options, model.hf_config.arch, model.dtype, state_dtype)
+    if said_by_user(server_args, "mem_fraction_static") is None:
+        chosen |= cpu_memory_options(options, model.context_len)
     if chosen:
         declare_resolution(server_args, "lfm2-plugin", **chosen)

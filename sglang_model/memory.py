@@ -2,7 +2,8 @@
 
 SGLang's own default is made for models whose states are megabytes: 47 % of the memory. A state of LFM2-24B-A2B costs as
 much as the keys and values of 12 tokens, so that share holds 38 times the requests whose keys and values fit beside it.
-``docs/memory-sglang.md`` has the figures.
+``docs/memory-sglang.md`` has the figures. On a CPU it would take nearly all memory that is free, which is not a GPU's
+to take: other programs live there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ Few requests at a time leave most keys and values to the prefix cache, which ser
 
 PLAIN_SLOTS = 3
 """SGLang's share of a request without snapshots: its running state, and two for what it leaves in the prefix cache."""
+
+CPU_REQUEST_TOKENS = 4096
+"""Keys and values that are kept on a CPU for each request at once, tokens: 3 GiB for 64 requests of the 8B."""
 
 
 def slots_per_request(options: Any) -> int:
@@ -64,6 +68,22 @@ def memory_options(
     if options.disable_radix_cache:
         return {}  # SGLang then makes a slot for each request
     return {"max_mamba_cache_size": slots * requests + PREFIX_SLOTS}
+
+
+def cpu_memory_options(options: Any, context: int) -> dict[str, Any]:
+    """How many tokens' keys and values are kept on a CPU; nothing on a GPU, or where the user bounds them.
+
+    Args:
+        options: SGLang's, settled.
+        context: longest request that the model serves, tokens.
+
+    Returns:
+        ``max_total_tokens``: enough for one request of the whole context. SGLang lowers it to what fits.
+    """
+    if options.device != "cpu" or options.max_total_tokens is not None:
+        return {}
+    requests = options.max_running_requests or 1
+    return {"max_total_tokens": max(context, requests * min(context, CPU_REQUEST_TOKENS))}
 
 
 def state_memory_ratio(

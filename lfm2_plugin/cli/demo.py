@@ -96,7 +96,7 @@ def sglang_command(model: str, port: int) -> list[str]:
         raise ServerFailed("SGLang is not installed in this Python: see README.md, Install")
     options = ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
     options += ["--context-length", "2048", "--max-running-requests", "8"]
-    options += ["--max-total-tokens", "16384", "--tool-call-parser", "lfm2"]
+    options += ["--tool-call-parser", "lfm2"]
     return [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *options]
 
 

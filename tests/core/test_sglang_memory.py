@@ -14,6 +14,7 @@ from lfm2_plugin.arch import Lfm2MoeArch
 from sglang_model.memory import (
     PREFIX_SLOTS,
     REQUEST_TOKENS,
+    cpu_memory_options,
     kv_cache_dtype,
     memory_options,
     slots_per_request,
@@ -38,6 +39,8 @@ def options(**said: Any) -> SimpleNamespace:
         "max_running_requests": None,
         "mamba_full_memory_ratio": None,
         "max_mamba_cache_size": None,
+        "max_total_tokens": None,
+        "device": "cuda",
     }
     return SimpleNamespace(**settled | said)
 
@@ -102,6 +105,26 @@ def test_without_prefix_cache_sglang_counts_them_itself():
 @pytest.mark.parametrize("requests", [None, 64])
 def test_what_the_user_says_stays(said: dict[str, Any], requests: int | None):
     assert memory_options(options(max_running_requests=requests, **said), arch(), BF16, BF16) == {}
+
+
+@pytest.mark.parametrize(
+    ("requests", "context", "tokens"),
+    [
+        (64, 128_000, 64 * 4096),
+        (64, 2048, 64 * 2048),
+        (8, 128_000, 128_000),
+        (None, 32_768, 32_768),
+    ],
+    ids=["requests", "short context", "one long request", "requests unknown"],
+)
+def test_tokens_kept_on_a_cpu(requests: int | None, context: int, tokens: int):
+    said = options(device="cpu", max_running_requests=requests)
+    assert cpu_memory_options(said, context) == {"max_total_tokens": tokens}
+
+
+@pytest.mark.parametrize("said", [{"max_total_tokens": 100, "device": "cpu"}, {"device": "cuda"}])
+def test_tokens_are_bounded_on_a_cpu_only_and_where_the_user_does_not(said: dict[str, Any]):
+    assert cpu_memory_options(options(max_running_requests=64, **said), 128_000) == {}
 
 
 def test_tables_name_both_sides():

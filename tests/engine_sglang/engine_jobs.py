@@ -25,6 +25,7 @@ DEFAULTS = {
 PATIENCE_S = 30
 # What a test may ask of the engine's resolved options.
 OPTIONS = ("mamba_radix_cache_strategy", "disable_overlap_schedule", "attention_backend", "device")
+OPTIONS += ("max_total_num_tokens",)
 
 
 class ForkedEngine(Engine):

@@ -19,7 +19,6 @@ from lfm2_plugin.demo.tasks import Question
 pytestmark = pytest.mark.engine
 
 OPTIONS = ["--dtype", "float32", "--context-length", "2048"]
-OPTIONS += ["--max-total-tokens", "65536"]  # else most of this machine's memory
 # Under a grammar the demo model would go on with spaces for as long as it may.
 COMPACT = ["--constrained-json-disable-any-whitespace"]
 TOOLS = ["--tool-call-parser", "lfm2"]
