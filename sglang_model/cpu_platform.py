@@ -23,6 +23,7 @@ from .engine_api import (
     register_cpu_experts,
     register_cpu_lora,
     said_by_user,
+    without_cuda_graphs,
 )
 
 ATTENTION_BACKEND = DISPATCH_KEY = LORA_BACKEND = "lfm2_cpu"
@@ -66,6 +67,7 @@ class PortableCpuPlatform(SRTPlatform):
         if server_args.lora_backend == DEFAULT_LORA_BACKEND:
             server_args.lora_backend = LORA_BACKEND
         server_args.disable_cuda_graph = True
+        server_args.cuda_graph_config = without_cuda_graphs(server_args.cuda_graph_config)
         server_args.sleep_on_idle = True  # else an idle scheduler takes a whole core
 
     def get_speculative_worker_cls(self, algorithm: str) -> type | None:

@@ -95,6 +95,32 @@ def platforms_bring_workers() -> bool:
     return hasattr(SRTPlatform, "get_speculative_worker_cls")
 
 
+def prefill_graphs_are_wanted() -> bool:
+    """Whether the user asks for CUDA graphs of prefills with gaps (``--cuda-graph-backend-prefill breakable``).
+
+    Needed for 0.5.22, whose graphs can have no layers without attention.
+    """
+    from sglang.srt.model_executor.model_runner_components import cuda_graph_setup
+    from sglang.srt.runtime_context import get_server_args
+
+    said = said_by_user(get_server_args(), "cuda_graph_backend_prefill")
+    return said == "breakable" and hasattr(cuda_graph_setup, "has_hybrid_graph_handlers")
+
+
+def in_prefill_graph(forward_batch: ForwardBatch) -> bool:
+    """Whether this step is a prefill that SGLang captures or replays as graphs with gaps."""
+    from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import (
+        is_in_breakable_cuda_graph,
+    )
+    from sglang.srt.model_executor.runner_utils.prefill_graph import is_in_prefill_graph_scope
+
+    return (
+        is_in_prefill_graph_scope()
+        and is_in_breakable_cuda_graph()
+        and forward_batch.forward_mode.is_extend_without_speculative()
+    )
+
+
 def conv_state_dtype_of_user() -> torch.dtype | None:
     """The dtype that the user asked for with ``SGLANG_MAMBA_CONV_DTYPE``; None if unset."""
     from sglang.srt.configs.mamba_utils import mamba2_state_dtype
@@ -199,6 +225,15 @@ def add_attention_choice(name: str) -> None:
 def said_by_user(server_args: Any, option: str) -> Any:
     """What the user set ``option`` to, None if nothing, whatever SGLang has filled in since."""
     return (getattr(server_args, "_raw_input", None) or {}).get(option)
+
+
+def without_cuda_graphs(config: Any) -> Any:
+    """SGLang's settled configuration of CUDA graphs, with none captured, whatever the user said."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    for phase in Phase.ALL:
+        config = with_phase(config, phase, backend=Backend.DISABLED)
+    return config
 
 
 def register_cpu_attention(name: str) -> None:

@@ -63,11 +63,15 @@ NAMES = {
     "declare_resolution": "sglang.srt.arg_groups.overrides:declare_resolution",
     "current_platform": "sglang.srt.platforms:current_platform",
     "default_weight_loader": "sglang.srt.model_loader.weight_utils:default_weight_loader",
+    "eager_on_graph": (
+        "sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph:eager_on_graph"
+    ),
     "generate_sequence_lengths": "sglang.srt.lora.utils:generate_sequence_lengths",
     "fused_lfm_short_conv_decode": (
         "sglang.kernels.ops.mamba.lfm_short_conv:fused_lfm_short_conv_decode"
     ),
     "get_attn_backend": "sglang.srt.model_executor.forward_context:get_attn_backend",
+    "get_forward_batch": "sglang.srt.model_executor.runner_utils.forward_batch:get_forward_batch",
     "get_lora": "sglang.srt.runtime_context:get_lora",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
     "get_spec": "sglang.srt.runtime_context:get_spec",

@@ -29,6 +29,7 @@ from .engine_api import (
     get_lora,
     get_parallel,
     make_layers,
+    prefill_graphs_are_wanted,
     weights_are_dummy,
 )
 from .feed_forward import Lfm2MoeExperts, Lfm2MoeMlp
@@ -65,6 +66,17 @@ class Lfm2MoeDecoderLayer(nn.Module):
             self.feed_forward = Lfm2MoeExperts(arch, layer_id, quant_config, place)
         self.operator_norm = RMSNorm(arch.hidden_size, eps=arch.norm_eps)
         self.ffn_norm = RMSNorm(arch.hidden_size, eps=arch.norm_eps)
+
+    @property
+    def linear_attn(self) -> Lfm2ShortConv:
+        """The name by which SGLang's prefill graphs find what runs in a gap of theirs beside attention.
+
+        Raises:
+            AttributeError: the layer is attention, or those graphs are not wanted.
+        """
+        if self.is_attention or not self.conv.gap_in_prefill_graphs:
+            raise AttributeError("linear_attn")
+        return self.conv
 
     def forward(
         self,
@@ -116,6 +128,8 @@ class Lfm2MoeModel(nn.Module):
             RMSNorm(arch.hidden_size, eps=arch.norm_eps) if self.last_stage else PPMissingLayer()
         )
         self.captured_layers: frozenset[int] = frozenset()
+        # SGLang's word for: gaps are marked in all layers, those without attention too.
+        self.supports_hybrid_prefill_graph = prefill_graphs_are_wanted()
 
     def forward(
         self,
