@@ -10,6 +10,7 @@ endif
 ENVIRONMENT = $(PYTHON) tools/environment.py
 VLLM = .venvs/vllm/bin
 VLLM_LOWEST = .venvs/vllm-0.31/bin
+TRITON = .venvs/triton/bin
 SGLANG = .venvs/sglang/bin
 SGLANG_LOWEST = .venvs/sglang-0.5.22/bin
 LINT = .venvs/lint/bin
@@ -19,9 +20,9 @@ PYTEST ?=
 BENCH ?= --model 8b-cut
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang doctor doctor-sglang test test-all test-core test-engines test-vllm test-vllm-lowest \
+.PHONY: help demo demo-sglang doctor doctor-sglang test test-all test-core test-kernels test-vllm test-vllm-lowest \
 	test-sglang test-sglang-lowest lint format bench bench-sglang memory tree env env-lowest env-sglang \
-	env-sglang-lowest env-lint wheel clean
+	env-sglang-lowest env-triton env-lint wheel clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -38,17 +39,18 @@ doctor: env ## which class vLLM resolves, kernels, self-checks
 doctor-sglang: env-sglang ## the same for SGLang
 	$(SGLANG)/lfm2 doctor
 
-test: test-core test-engines ## everything: core, both engines, the lowest vLLM
-
-# Two at a time: each suite keeps one core busy for most of its time.
-test-engines: env env-lowest env-sglang ## the suites of both engines, vLLM's on its lowest release too
-	$(MAKE) --jobs=2 --output-sync=line test-vllm test-vllm-lowest test-sglang
+# Two suites at a time, the longest first: each keeps one core busy for most of its time.
+test: ## everything: core, kernels, both engines, the lowest vLLM
+	$(MAKE) --jobs=2 --output-sync=line test-core test-vllm test-vllm-lowest test-sglang test-kernels
 
 test-all: test test-sglang-lowest ## the same, and what `make test` leaves out on the lowest releases
 	$(VLLM_LOWEST)/python -m pytest tests/engine_vllm -m slow $(PYTEST)
 
 test-core: env ## everything that needs no engine (about a minute)
 	$(VLLM)/python -m pytest tests/core $(PYTEST)
+
+test-kernels: env-triton ## kernels for GPUs in Triton's interpreter, and what they compile to
+	$(TRITON)/python -m pytest tests/kernels $(PYTEST)
 
 test-vllm: env ## real vLLM engines, newest supported release
 	$(VLLM)/python -m pytest tests/engine_vllm $(PYTEST)
@@ -98,6 +100,9 @@ env-sglang:
 
 env-sglang-lowest:
 	@$(ENVIRONMENT) sglang-0.5.22
+
+env-triton:
+	@$(ENVIRONMENT) triton
 
 env-lint:
 	@$(ENVIRONMENT) lint

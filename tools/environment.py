@@ -3,6 +3,7 @@
     python3 tools/environment.py vllm          # vLLM 0.32 for CPUs, this project, its test tools
     python3 tools/environment.py vllm-0.31     # the lowest supported vLLM
     python3 tools/environment.py sglang        # SGLang 0.5.23 for CPUs, this project, its test tools
+    python3 tools/environment.py triton        # Triton, for the kernels of GPUs, and this project
     python3 tools/environment.py lint          # ruff and mypy
 
 Needs Python 3.11+ and nothing else. A finished environment carries a stamp with a hash of what it
@@ -79,6 +80,10 @@ ENVIRONMENTS = {
         )
         for name, version in (("sglang", "0.5.23"), ("sglang-0.5.22", "0.5.22"))
     },
+    # Triton runs its kernels on a CPU too, in its interpreter. Not beside an engine, which would find and use it.
+    "triton": Environment(
+        ("triton==3.7.0", "numpy>=2", "pytest>=8"), (), torch=TORCH, checks=("triton", "pytest")
+    ),
     "lint": Environment(("ruff==0.17.6", "mypy==2.4.1"), None, checks=("mypy",)),
 }
 # Companions of torch that no text model needs. Their PyPI builds belong to the CUDA build of torch

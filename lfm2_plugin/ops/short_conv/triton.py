@@ -1,0 +1,326 @@
+"""The short convolution as one launch for a whole step on a GPU.
+
+The programs of the launch are of two kinds, each for one block of channels:
+
+- *A sequence*: everything that has to do with a state. It reads the history, convolves all tokens of a decode or the
+  first K - 1 of a prefill (the others don't reach back to the history), writes the checkpoint, and at last the new
+  state.
+- *Some rows*: of prefills, all tokens but those. It knows nothing of sequences and slides over the rows as one text.
+
+So a slot is read and written by one program alone, reads first, and a row of the output is written once: the result
+does not depend on the order in which programs run. (A program for each piece of a sequence, the last of which writes
+the state that the first reads, would be a race.)
+
+Nothing is read back to the host and the grid follows from shapes alone, so that a CUDA graph can hold the launch. What
+of :class:`~lfm2_plugin.conv_batch.ConvBatch` is an ``int`` is part of the captured launch: to let one graph serve any
+mix of decodes and prefills, capture it with ``num_decodes = 0``. A decode without drafts is a prefill of one token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from lfm2_plugin.conv_batch import ConvBatch
+
+ROWS = 16
+"""Rows that a program slides over. The K - 1 rows before them are read twice, an eighth of B and x at K = 3."""
+CHANNELS = 1024
+"""Channels of a program: 8 of 16 bits, one load of 16 bytes, for each of 128 threads."""
+
+_ELSEWHERE, _SLIDE, _ZERO = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""What is done with a row by the programs for rows: nothing (a sequence's program does it), convolve, write zeros."""
+
+
+@triton.jit
+def _row_kinds(
+    kinds_ptr,
+    slots_ptr,
+    query_start_ptr,
+    T,
+    S,
+    num_decodes,
+    null_slot,
+    search_steps,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Once a step: what is done with each row (T,) int8."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # The last sequence that starts at or before the row: of several that start there, the one with tokens.
+    low = tl.zeros([BLOCK], tl.int32)
+    high = tl.zeros([BLOCK], tl.int32) + S
+    for _ in range(search_steps):
+        middle = (low + high + 1) // 2
+        start = tl.load(query_start_ptr + middle)
+        low = tl.where(start <= row, middle, low)
+        high = tl.where(start <= row, high, middle - 1)
+    inside = low < S
+    slot = tl.load(slots_ptr + low, mask=inside, other=0)
+    place = row - tl.load(query_start_ptr + low)
+    kind = tl.where((low < num_decodes) | (place < K - 1), _ELSEWHERE, _SLIDE)
+    kind = tl.where(inside & (slot != null_slot), kind, _ZERO)
+    tl.store(kinds_ptr + row, kind.to(tl.int8), mask=row < T)
+
+
+@triton.jit
+def _value(bcx_ptr, row, bcx_stride, D, channels, mask):
+    """B * x of a row, rounded to its dtype. The float32 product of two 16-bit floats is exact."""
+    start = bcx_ptr + row.to(tl.int64) * bcx_stride + channels
+    b = tl.load(start, mask=mask, other=0.0)
+    x = tl.load(start + 2 * D, mask=mask, other=0.0)
+    return (b.to(tl.float32) * x.to(tl.float32)).to(b.dtype)
+
+
+@triton.jit
+def _output(
+    bcx_ptr, row, bcx_stride, D, channels, mask, value, before, taps, bias, K: tl.constexpr
+):
+    """C * (the taps on a row's value and on the K - 1 before it, newest first, + bias), each rounded to the dtype."""
+    total = value.to(tl.float32) * taps[0]
+    for k in tl.static_range(K - 1):
+        total += before[k].to(tl.float32) * taps[k + 1]
+    total += bias
+    c = tl.load(bcx_ptr + row.to(tl.int64) * bcx_stride + D + channels, mask=mask, other=0.0)
+    return (c.to(tl.float32) * total.to(value.dtype).to(tl.float32)).to(value.dtype)
+
+
+@triton.jit
+def _state_value(age, end, before, bcx_ptr, start, bcx_stride, D, channels, mask, K: tl.constexpr):
+    """The value ``age`` places before token ``end`` of a query, which may lie in the history ``before`` it."""
+    place = end - age
+    value = _value(bcx_ptr, start + place, bcx_stride, D, channels, mask & (place >= 0))
+    for k in tl.static_range(K - 1):
+        value = tl.where(place == -1 - k, before[k], value)
+    return value
+
+
+@triton.jit
+def _short_conv(
+    bcx_ptr,
+    weight_ptr,
+    bias_ptr,
+    state_ptr,
+    out_ptr,
+    kinds_ptr,
+    slots_ptr,
+    query_start_ptr,
+    has_state_ptr,
+    accepted_ptr,
+    checkpoint_offsets_ptr,
+    checkpoint_slots_ptr,
+    T,
+    D,
+    S,
+    num_decodes,
+    null_slot,
+    bcx_stride,
+    weight_stride_channel,
+    weight_stride_tap,
+    state_stride_slot,
+    state_stride_channel,
+    state_stride_column,
+    out_stride_row,
+    out_stride_channel,
+    HAS_BIAS: tl.constexpr,
+    HAS_ACCEPTED: tl.constexpr,
+    HAS_CHECKPOINTS: tl.constexpr,
+    K: tl.constexpr,
+    HEAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = channels < D
+    dtype = bcx_ptr.dtype.element_ty
+
+    taps = ()  # newest first
+    for k in tl.static_range(K):
+        tap = tl.load(
+            weight_ptr + channels * weight_stride_channel + (K - 1 - k) * weight_stride_tap,
+            mask=mask,
+            other=0.0,
+        )
+        taps = taps + (tap.to(tl.float32),)
+    bias = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channels, mask=mask, other=0.0).to(tl.float32)
+    out_ptrs = out_ptr + channels * out_stride_channel
+
+    if program < S:
+        sequence = program
+        slot = tl.load(slots_ptr + sequence).to(tl.int64)
+        start = tl.load(query_start_ptr + sequence)
+        length = tl.load(query_start_ptr + sequence + 1) - start
+        if (slot != null_slot) & (length > 0):
+            is_decode = sequence < num_decodes
+            has_state = tl.load(has_state_ptr + sequence) != 0
+            first = 0
+            if HAS_ACCEPTED:
+                first = tl.load(accepted_ptr + sequence, mask=is_decode, other=1) - 1
+            state_ptrs = state_ptr + channels.to(tl.int64) * state_stride_channel
+            cell = state_ptrs + slot * state_stride_slot
+            history = ()  # newest first
+            for k in tl.static_range(K - 1):
+                old = tl.load(
+                    cell + (first + K - 2 - k) * state_stride_column,
+                    mask=mask & has_state,
+                    other=0.0,
+                )
+                history = history + (old.to(dtype),)
+            # Other threads of this program may write what this one reads.
+            tl.debug_barrier()
+
+            before = history
+            for t in tl.static_range(HEAD):
+                live = (t < length) & (is_decode | (t < K - 1))
+                row = start + t
+                value = _value(bcx_ptr, row, bcx_stride, D, channels, mask & live)
+                y = _output(
+                    bcx_ptr, row, bcx_stride, D, channels, mask & live, value, before, taps, bias, K
+                )
+                tl.store(out_ptrs + row.to(tl.int64) * out_stride_row, y, mask=mask & live)
+                # A decode's state grows by each token, for as long as drafts may be refused.
+                column = cell + (K - 2 + t) * state_stride_column
+                tl.store(column, value.to(state_ptr.dtype.element_ty), mask=mask & live & is_decode)
+                before = (value,) + before[: K - 2]
+
+            if HAS_CHECKPOINTS:
+                prefill = tl.maximum(sequence - num_decodes, 0)
+                offset = tl.load(checkpoint_offsets_ptr + prefill, mask=not is_decode, other=0)
+                copy = tl.load(checkpoint_slots_ptr + prefill, mask=not is_decode, other=null_slot)
+                kept = (offset > 0) & (copy != null_slot)
+                target = state_ptrs + copy.to(tl.int64) * state_stride_slot
+                for k in tl.static_range(K - 1):
+                    value = _state_value(
+                        k + 1,
+                        offset,
+                        history,
+                        bcx_ptr,
+                        start,
+                        bcx_stride,
+                        D,
+                        channels,
+                        mask & kept,
+                        K,
+                    )
+                    column = target + (K - 2 - k) * state_stride_column
+                    tl.store(column, value.to(state_ptr.dtype.element_ty), mask=mask & kept)
+
+            for k in tl.static_range(K - 1):
+                # Of a decode, the history without its oldest value; what follows it is there already.
+                end = tl.where(is_decode, 1, length)
+                absent = mask & ((k > 0) | (not is_decode))
+                value = _state_value(
+                    k + 1, end, history, bcx_ptr, start, bcx_stride, D, channels, absent, K
+                )
+                column = cell + (K - 2 - k) * state_stride_column
+                tl.store(column, value.to(state_ptr.dtype.element_ty), mask=absent)
+    else:
+        first_row = (program - S) * ROWS
+        rows = first_row + tl.arange(0, ROWS)
+        kinds = tl.load(kinds_ptr + rows, mask=rows < T, other=_ELSEWHERE)
+        if tl.max(kinds, axis=0) != _ELSEWHERE:
+            read = mask & (tl.max((kinds == _SLIDE).to(tl.int32), axis=0) > 0)
+            before = ()
+            for k in tl.static_range(K - 1):
+                row = first_row - 1 - k
+                value = _value(bcx_ptr, row, bcx_stride, D, channels, read & (row >= 0))
+                before = before + (value,)
+            for t in tl.static_range(ROWS):
+                row = first_row + t
+                kind = tl.load(kinds_ptr + row, mask=row < T, other=_ELSEWHERE)
+                slides = kind == _SLIDE
+                value = _value(bcx_ptr, row, bcx_stride, D, channels, read & (row < T))
+                y = _output(
+                    bcx_ptr,
+                    row,
+                    bcx_stride,
+                    D,
+                    channels,
+                    mask & slides,
+                    value,
+                    before,
+                    taps,
+                    bias,
+                    K,
+                )
+                y = tl.where(slides, y.to(tl.float32), 0.0).to(dtype)  # padding may hold NaN
+                written = mask & (kind != _ELSEWHERE)
+                tl.store(out_ptrs + row.to(tl.int64) * out_stride_row, y, mask=written)
+                before = (value,) + before[: K - 2]
+
+
+def short_conv_triton(
+    bcx: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    state: torch.Tensor,
+    batch: ConvBatch,
+    out: torch.Tensor,
+) -> None:
+    """See :func:`lfm2_plugin.ops.short_conv.short_conv`; writes ``out`` (T, D) and ``state`` (slots, D, L)."""
+    D, K = weight.shape
+    T, S = bcx.shape[0], batch.num_sequences
+    if not T:
+        return
+    if bcx.stride(1) != 1:
+        bcx = bcx.contiguous()
+    kinds = _kinds_of(batch, T, K, bcx.device)
+    block = min(CHANNELS, triton.next_power_of_2(D))
+    nothing = batch.slots  # for pointers that are not read
+    _short_conv[(S + triton.cdiv(T, ROWS), triton.cdiv(D, block))](
+        bcx,
+        weight,
+        weight if bias is None else bias,
+        state,
+        out,
+        kinds,
+        batch.slots,
+        batch.query_start,
+        batch.has_initial_state,
+        nothing if batch.num_accepted is None else batch.num_accepted,
+        nothing if batch.checkpoint_offsets is None else batch.checkpoint_offsets,
+        nothing if batch.checkpoint_slots is None else batch.checkpoint_slots,
+        T,
+        D,
+        S,
+        batch.num_decodes,
+        batch.null_slot,
+        bcx.stride(0),
+        *weight.stride(),
+        *state.stride(),
+        *out.stride(),
+        HAS_BIAS=bias is not None,
+        HAS_ACCEPTED=batch.num_accepted is not None,
+        HAS_CHECKPOINTS=batch.checkpoint_offsets is not None,
+        K=K,
+        HEAD=max(K - 1, batch.max_decode_len),
+        ROWS=ROWS,
+        BLOCK=block,
+    )
+
+
+def _kinds_of(batch: ConvBatch, T: int, K: int, device: torch.device) -> torch.Tensor:
+    """(T,) int8, made in the first layer of a step."""
+    key = f"row kinds {T} {K}"
+    kinds = batch.indices.get(key)
+    if not isinstance(kinds, torch.Tensor):
+        kinds = torch.empty(T, dtype=torch.int8, device=device)
+        S = batch.num_sequences
+        _row_kinds[(triton.cdiv(T, CHANNELS),)](
+            kinds,
+            batch.slots,
+            batch.query_start,
+            T,
+            S,
+            batch.num_decodes,
+            batch.null_slot,
+            S.bit_length(),
+            K=K,
+            BLOCK=CHANNELS,
+        )
+        batch.indices[key] = kinds
+    return kinds

@@ -1,0 +1,80 @@
+"""What the short convolution's kernel compiles to for GPUs that aren't here: wide accesses, no registers spilled."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lfm2_plugin.ops.short_conv.triton import CHANNELS, ROWS
+
+PROGRAM = Path(__file__).with_name("compiled.py")
+# The published models; the taps lie tap after tap, the states channel after channel ("vLLM") or not ("SGLang").
+COMMON = {
+    "weight_stride_channel": 1,
+    "out_stride_channel": 1,
+    "HAS_BIAS": False,
+    "HAS_ACCEPTED": False,
+    "HAS_CHECKPOINTS": False,
+    "K": 3,
+    "HEAD": 2,
+    "ROWS": ROWS,
+    "BLOCK": CHANNELS,
+}
+CHANNELS_LAST = {"state_stride_channel": 1}
+VARIANTS = {
+    "vLLM": COMMON | CHANNELS_LAST,
+    "vLLM, checkpoints": COMMON | CHANNELS_LAST | {"HAS_CHECKPOINTS": True},
+    "vLLM, 3 drafts": COMMON | CHANNELS_LAST | {"HAS_ACCEPTED": True, "HEAD": 4},
+    "SGLang": COMMON | {"state_stride_channel": 2, "state_stride_column": 1},
+    "width 8": COMMON | CHANNELS_LAST | {"K": 8, "HEAD": 7},
+}
+SCALARS = 8 + ROWS  # single values that a program reads: of its sequence, of the kinds of its rows
+
+
+def compiled(backend: str, arch: str, variants: dict = VARIANTS) -> dict:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, PROGRAM, json.dumps(variants), backend, arch]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def hopper() -> dict:
+    return compiled("cuda", "90")
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "SGLang"])
+def test_every_access_to_channels_is_wide(hopper, name: str) -> None:
+    found = hopper[name]
+    assert found["stores"] == found["wide_stores"] > 0
+    assert found["loads"] - found["wide_loads"] <= SCALARS
+
+
+def test_sglangs_states_are_the_only_narrow_ones(hopper) -> None:
+    """Its two columns of a channel lie side by side, the channels 4 bytes apart."""
+    width, values = 3, 8  # a thread's
+    states = (width - 1) * values
+    found = hopper["SGLang"]
+    assert found["loads"] - found["wide_loads"] <= SCALARS + states
+    # The columns that a decode's tokens write, and the state at the end.
+    assert found["stores"] - found["wide_stores"] <= 2 * states
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_register_is_spilled(hopper, name: str) -> None:
+    assert hopper[name]["spilled"] == 0
+    if VARIANTS[name]["K"] == 3:  # of 128 threads, 4 programs a multiprocessor at the least
+        assert hopper[name]["registers"] <= 128
+
+
+@pytest.mark.parametrize(("backend", "arch"), [("cuda", "75"), ("cuda", "120"), ("hip", "gfx942")])
+def test_other_gpus_compile_it(backend: str, arch: str) -> None:
+    found = compiled(backend, arch, {name: VARIANTS[name] for name in ("vLLM", "SGLang")})
+    assert set(found) == {"vLLM", "SGLang"}
+    assert not any(variant.get("spilled") for variant in found.values())
