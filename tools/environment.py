@@ -226,7 +226,8 @@ def install(name: str, environment: Environment, choice: str, log: Path) -> None
     command = installer(python, environment, choice, log)
     wanted = [*environment.requirements, *([environment.torch] if environment.torch else [])]
     if environment.extras is not None:
-        wanted += ["-e", f".[{','.join(environment.extras)}]"]
+        extras = f"[{','.join(environment.extras)}]" if environment.extras else ""
+        wanted += ["-e", f".{extras}"]
     if environment.listed is not None:
         wanted += ["-r", str(HERE / environment.listed)]
     run_logged(f"installing {' '.join(wanted)}", [*command, *wanted], log)

@@ -19,6 +19,7 @@ PLAIN = {
     "docs/contracts.md": "engine field -> ConvBatch field",
     "docs/memory.md": "the table of cache memory, from vLLM's own planner",
     "docs/porting.md": "how to come to a new vLLM",
+    "docs/gpu-verification.md": "what has run on a GPU, and what has to",
     "docs/decisions/": "one page for each choice that a reader would question",
     "lfm2_plugin/demo/model/": "the demo model: weights, tokenizer, chat template, card",
     "examples/run_batch.sh": "offline batches in OpenAI's file format",

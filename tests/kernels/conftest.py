@@ -1,11 +1,24 @@
-"""Triton's interpreter in place of a GPU, for every kernel in this folder; see ``interpreter.py``."""
+"""Where the kernels of this folder run: in Triton's interpreter, or with ``LFM2_TEST_DEVICE=cuda`` on a GPU."""
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+DEVICE = os.environ.get("LFM2_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
-import interpreter
-import pytest
+import interpreter  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture
+def interpreted() -> None:
+    if DEVICE != "cpu":
+        pytest.skip("asks the interpreter what a GPU doesn't tell")
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +32,6 @@ def right_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> interpreter.Watch:
+def watch(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> interpreter.Watch:
     """What the programs read and write from here on."""
     return interpreter.Watch(monkeypatch)

@@ -1,9 +1,10 @@
-"""The short convolution's Triton kernel against its naive twin, in Triton's interpreter; nothing here needs a GPU."""
+"""The short convolution's Triton kernel against its naive twin, in Triton's interpreter or on a GPU."""
 
 from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,13 +24,35 @@ LARGE = [
 ]
 
 
-def both(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+@pytest.fixture
+def step(device: str):
+    """Makes the step of a case on the device; arguments and results as of ``make_step``."""
+
+    def make(case: Case, dtype: torch.dtype) -> tuple:
+        *tensors, batch = make_step(case, dtype)
+        moved = [x if x is None else to_device(x, device) for x in tensors]
+        fields = {name: value for name, value in vars(batch).items() if torch.is_tensor(value)}
+        return *moved, replace(batch, **{k: v.to(device) for k, v in fields.items()})
+
+    return make
+
+
+def to_device(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """With its strides, which ``to`` may change."""
+    if device == "cpu":
+        return tensor
+    size = 1 + sum((n - 1) * by for n, by in zip(tensor.shape, tensor.stride(), strict=True))
+    there = torch.empty(max(size, 0), dtype=tensor.dtype, device=device)
+    return there.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+def both(step, case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Outputs and states of the naive twin and of the kernel."""
-    bcx, weight, bias, state, batch = make_step(case, dtype)
+    bcx, weight, bias, state, batch = step(case, dtype)
     outs, states = [], []
     for run in (short_conv_naive, short_conv_triton):
         after = state.clone(memory_format=torch.preserve_format)
-        out = torch.full((bcx.shape[0], case.dim), float("nan"), dtype=dtype)
+        out = torch.full((bcx.shape[0], case.dim), float("nan"), dtype=dtype, device=bcx.device)
         run(bcx, weight, bias, after, batch, out)
         outs.append(out)
         states.append(after)
@@ -38,28 +61,28 @@ def both(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
-def test_triton_equals_naive(case: Case, dtype: torch.dtype) -> None:
-    outs, states = both(case, dtype)
+def test_triton_equals_naive(step, case: Case, dtype: torch.dtype) -> None:
+    outs, states = both(step, case, dtype)
     assert not outs[0].isnan().any()
     assert_within("short_conv", outs[1], outs[0])
     assert same_bits(states[0], states[1])
 
 
-def test_a_thousand_sequences() -> None:
+def test_a_thousand_sequences(step) -> None:
     """One dtype: the interpreter takes some 20 ms a program."""
     case = Case(
         "", [1] * 600, [1, 2, 3, 4, 5] * 80, fresh=[7, 650], nulls=[3, 599, 640], padding=24, dim=8
     )
-    outs, states = both(case, torch.bfloat16)
+    outs, states = both(step, case, torch.bfloat16)
     assert_within("short_conv", outs[1], outs[0])
     assert same_bits(states[0], states[1])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_channels_in_blocks(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+def test_channels_in_blocks(step, monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
     """As in the published models, whose 2,048 channels are those of two programs."""
     monkeypatch.setattr(triton, "CHANNELS", 16)
-    outs, states = both(case, torch.float32)
+    outs, states = both(step, case, torch.float32)
     assert_within("short_conv", outs[1], outs[0])
     assert same_bits(states[0], states[1])
 
@@ -73,7 +96,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 @pytest.mark.parametrize("case", [c for c in CASES + LARGE if c.dim < 1000], ids=str)
-def test_the_order_of_programs_does_not_matter(monkeypatch, case: Case, order) -> None:
+def test_the_order_of_programs_does_not_matter(interpreted, monkeypatch, case: Case, order) -> None:
     monkeypatch.setattr(triton, "CHANNELS", 16)
     bcx, weight, bias, state, batch = make_step(case, torch.bfloat16)
     results = []
@@ -156,11 +179,11 @@ def test_rows_of_decodes_are_read_by_their_sequences_only(watch: Watch) -> None:
     assert watch.count(bcx, stores=False) == 3 * 64 * 32
 
 
-def test_one_launch_for_any_mix() -> None:
+def test_one_launch_for_any_mix(step) -> None:
     """Captured with num_decodes = 0, decodes are prefills of one token: the same numbers to the bit."""
     case = Case("", decodes=[1] * 5, prefills=[7, 1, 40], fresh=[6], nulls=[2], padding=4)
-    bcx, weight, bias, state, batch = make_step(case, torch.bfloat16)
-    after, out = state.clone(), torch.empty(bcx.shape[0], 32).bfloat16()
+    bcx, weight, bias, state, batch = step(case, torch.bfloat16)
+    after, out = state.clone(), bcx.new_empty(bcx.shape[0], 32)
     short_conv_triton(bcx, weight, bias, after, batch, out)
     batch.indices.clear()
     batch.num_decodes, batch.num_prefills = 0, batch.num_sequences
@@ -170,22 +193,22 @@ def test_one_launch_for_any_mix() -> None:
     assert same_bits(after, state)
 
 
-def test_sequences_without_tokens_at_the_end_are_padding() -> None:
+def test_sequences_without_tokens_at_the_end_are_padding(step) -> None:
     """As an engine pads a captured decode: more sequences than there are, none of them with a row."""
     case = Case("", decodes=[1, 1, 0, 0, 0], nulls=[2, 3, 4], padding=3)
-    outs, states = both(case, torch.float32)
+    outs, states = both(step, case, torch.float32)
     assert_within("short_conv", outs[1], outs[0])
     assert (outs[1][2:] == 0).all()
     assert same_bits(states[0], states[1])
 
 
-def test_state_of_sglang_and_of_packed_pages() -> None:
+def test_state_of_sglang_and_of_packed_pages(step) -> None:
     """Channels first, and a layer's columns in a page among other layers'."""
     case = Case("", decodes=[1, 1], prefills=[6, 1], fresh=[3])
-    bcx, weight, bias, state, batch = make_step(case, torch.float32)
-    expected = torch.empty(bcx.shape[0], 32)
+    bcx, weight, bias, state, batch = step(case, torch.float32)
+    expected = bcx.new_empty(bcx.shape[0], 32)
     channels_first = state.contiguous()
-    pages = torch.full((state.shape[0], 3, 2, 32), float("nan"))
+    pages = bcx.new_full((state.shape[0], 3, 2, 32), float("nan"))
     packed = pages[:, 1].transpose(1, 2)
     packed.copy_(state)
     short_conv_naive(bcx, weight, bias, state, batch, expected)
@@ -198,26 +221,71 @@ def test_state_of_sglang_and_of_packed_pages() -> None:
     assert pages[:, 2].isnan().all()
 
 
-def test_inputs_and_outputs_with_strides() -> None:
+def test_slots_with_a_stride(step) -> None:
+    """As vLLM has them where there are drafts: the first column of a table."""
+    case = Case("", decodes=[1, 1, 1], prefills=[4], nulls=[1], padding=2)
+    bcx, weight, bias, state, batch = step(case, torch.float32)
+    expected, after = bcx.new_empty(bcx.shape[0], 32), state.clone()
+    short_conv_triton(bcx, weight, bias, after, batch, expected)
+    table = torch.full((4, 3), 77, dtype=batch.slots.dtype, device=bcx.device)
+    table[:, 0] = batch.slots
+    strided = replace(batch, slots=table[:, 0], indices={})
+    out = torch.empty_like(expected)
+    short_conv_triton(bcx, weight, bias, state, strided, out)
+    assert torch.equal(out, expected)
+    assert same_bits(state, after)
+
+
+def test_inputs_and_outputs_with_strides(step) -> None:
     case = Case("", decodes=[1], prefills=[5])
-    bcx, weight, bias, state, batch = make_step(case, torch.float32)
-    expected = torch.empty(6, 32)
+    bcx, weight, bias, state, batch = step(case, torch.float32)
+    expected = bcx.new_empty(6, 32)
     short_conv_naive(bcx, weight, bias, state.clone(), batch, expected)
-    out = torch.full((6, 64), float("nan"))[:, ::2]
+    out = bcx.new_full((6, 64), float("nan"))[:, ::2]
     columns = bcx.t().contiguous().t()
     taps = weight.t().contiguous().t()
     short_conv_triton(columns, taps, bias, state, batch, out)
     assert_within("short_conv", out, expected)
 
 
-def test_state_in_another_dtype() -> None:
+def test_state_in_another_dtype(step) -> None:
     """A float32 state holds bfloat16 values exactly."""
     case = Case("", decodes=[1, 1], prefills=[6, 1], fresh=[2], checkpoints=[4, 0])
-    bcx, weight, bias, state, batch = make_step(case, torch.bfloat16)
+    bcx, weight, bias, state, batch = step(case, torch.bfloat16)
     wide = state.float()
-    narrow_out, wide_out = (torch.empty(9, 32, dtype=torch.bfloat16) for _ in range(2))
+    narrow_out, wide_out = (bcx.new_empty(9, 32) for _ in range(2))
     short_conv_triton(bcx, weight, bias, state, batch, narrow_out)
     short_conv_triton(bcx, weight, bias, wide, batch, wide_out)
     assert torch.equal(narrow_out, wide_out)
     assert same_bits(state.float(), wide)
     assert state[NULL].isnan().all()
+
+
+def test_one_captured_graph_serves_any_mix(step, device: str) -> None:
+    """Captured with one step, replayed with others of as many sequences and rows."""
+    if device == "cpu":
+        pytest.skip("a CUDA graph needs a GPU")
+    cases = [
+        Case("", prefills=[1] * 6, padding=58),
+        Case("", prefills=[1, 1, 40, 2, 1, 7], fresh=[2], nulls=[4], padding=12),
+        Case("", prefills=[1, 0, 0, 0, 0, 0], nulls=[1, 2, 3, 4, 5], padding=63),
+    ]
+    bcx, weight, bias, state, batch = step(cases[0], torch.bfloat16)
+    out = torch.empty(64, 32, dtype=bcx.dtype, device=device)
+    for _ in range(2):
+        short_conv_triton(bcx, weight, bias, state, batch, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        short_conv_triton(bcx, weight, bias, state, batch, out)
+    for case in cases:
+        new_bcx, _, _, new_state, new = step(case, torch.bfloat16)
+        bcx.copy_(new_bcx)
+        state.copy_(new_state)
+        for name in ("slots", "query_start", "has_initial_state"):
+            getattr(batch, name).copy_(getattr(new, name))
+        expected = torch.empty_like(out)
+        short_conv_naive(bcx, weight, bias, new_state, new, expected)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert_within("short_conv", out, expected)
+        assert same_bits(state, new_state)

@@ -42,6 +42,7 @@ def _row_kinds(
     S,
     num_decodes,
     null_slot,
+    slots_stride,
     search_steps,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -57,7 +58,7 @@ def _row_kinds(
         low = tl.where(start <= row, middle, low)
         high = tl.where(start <= row, high, middle - 1)
     inside = low < S
-    slot = tl.load(slots_ptr + low, mask=inside, other=0)
+    slot = tl.load(slots_ptr + low * slots_stride, mask=inside, other=0)
     place = row - tl.load(query_start_ptr + low)
     kind = tl.where((low < num_decodes) | (place < K - 1), _ELSEWHERE, _SLIDE)
     kind = tl.where(inside & (slot != null_slot), kind, _ZERO)
@@ -115,6 +116,7 @@ def _short_conv(
     S,
     num_decodes,
     null_slot,
+    slots_stride,
     bcx_stride,
     weight_stride_channel,
     weight_stride_tap,
@@ -151,7 +153,7 @@ def _short_conv(
 
     if program < S:
         sequence = program
-        slot = tl.load(slots_ptr + sequence).to(tl.int64)
+        slot = tl.load(slots_ptr + sequence * slots_stride).to(tl.int64)
         start = tl.load(query_start_ptr + sequence)
         length = tl.load(query_start_ptr + sequence + 1) - start
         if (slot != null_slot) & (length > 0):
@@ -289,6 +291,7 @@ def short_conv_triton(
         S,
         batch.num_decodes,
         batch.null_slot,
+        batch.slots.stride(0),
         bcx.stride(0),
         *weight.stride(),
         *state.stride(),
@@ -304,8 +307,12 @@ def short_conv_triton(
 
 
 def _kinds_of(batch: ConvBatch, T: int, K: int, device: torch.device) -> torch.Tensor:
-    """(T,) int8, made in the first layer of a step."""
-    key = f"row kinds {T} {K}"
+    """(T,) int8, made in the first layer of a step.
+
+    A captured graph makes its own: what an earlier run made outside it would be read again in every replay.
+    """
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    key = f"row kinds {T} {K} {captured}"
     kinds = batch.indices.get(key)
     if not isinstance(kinds, torch.Tensor):
         kinds = torch.empty(T, dtype=torch.int8, device=device)
@@ -318,6 +325,7 @@ def _kinds_of(batch: ConvBatch, T: int, K: int, device: torch.device) -> torch.T
             S,
             batch.num_decodes,
             batch.null_slot,
+            batch.slots.stride(0),
             S.bit_length(),
             K=K,
             BLOCK=CHANNELS,
