@@ -6,7 +6,7 @@ import torch
 from checkpoints import checkpoint
 from engines import SHARED
 from hf_reference import fingerprint, greedy, load
-from references import NEW_TOKENS, Case, cases
+from references import NEW_TOKENS, Case, cases, clear_cases, vocabulary
 from shared_cache import made_once
 from tolerances import CLEAR_MARGIN
 
@@ -43,6 +43,11 @@ def adapter(model: str, modules: list[str], parameters: list[str] = ()) -> tuple
     key = fingerprint(base, "lora", list(modules), list(parameters))
     folder = made_once(SHARED / "lora" / key, make)
     return folder / "adapter", folder / "merged"
+
+
+def all_adapted_cases(model: str, merged: Path) -> list[Case]:
+    """Prompts of all 200 lengths and the merged model's answers."""
+    return list(clear_cases(merged, [c.prompt for c in cases(model)], vocabulary(model)))
 
 
 def adapted_cases(model: str, merged: Path) -> list[Case]:

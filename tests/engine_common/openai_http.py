@@ -40,8 +40,8 @@ def text_of(message: dict) -> str:
     return call_text(function["name"], json.loads(function["arguments"]))
 
 
-def ask(url: str, question: Question) -> str:
-    reply = httpx.post(f"{url}/v1/chat/completions", json=body(question), timeout=300)
+def ask(url: str, question: Question, **fields) -> str:
+    reply = httpx.post(f"{url}/v1/chat/completions", json=body(question, **fields), timeout=300)
     assert reply.status_code == 200, reply.text
     return text_of(reply.json()["choices"][0]["message"])
 

@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from statistics import mean
 
 import prompts
@@ -29,11 +30,15 @@ def cases(name: str, count: int = prompts.COUNT) -> tuple[Case, ...]:
 
     All 200, or the first ``count``: the first 40 have 1 to 95 tokens.
     """
-    folder = checkpoint(name)
-    vocab = vocabulary(name)
-    asked = prompts.random_prompts(vocab)[:count]
+    asked = prompts.random_prompts(vocabulary(name))[:count]
     if name == "demo":
         asked[::2] = questions_as_prompts(len(asked[::2]))
+    return clear_cases(checkpoint(name), asked, vocabulary(name))
+
+
+def clear_cases(folder: Path, asked: list[list[int]], vocab: int) -> tuple[Case, ...]:
+    """The prompts with a checkpoint's answers; another of the same length where an answer is unclear."""
+    asked = list(asked)
     answers = greedy(folder, asked, NEW_TOKENS)
     rng = random.Random(1)
     unclear = [i for i, a in enumerate(answers) if min(a.margins) < CLEAR_MARGIN]

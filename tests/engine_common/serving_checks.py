@@ -21,16 +21,23 @@ def as_asked(question: Question) -> Question:
     return question
 
 
-def answers_under_64_concurrent_requests(url: str, rendered: Rendered = as_asked) -> None:
-    """As many right answers as transformers, within one of 500.
+def answers_under_64_concurrent_requests(
+    url: str, rendered: Rendered = as_asked, model: str = "model"
+) -> None:
+    """As many right answers as transformers in float32, within one of 500.
+
+    That holds for a server in bfloat16 too, and is more than transformers' own bfloat16 reaches: it misses two.
 
     Args:
+        url: of the server.
         rendered: what the server makes of a question before it comes to the chat template.
+        model: the name that the server has for it.
     """
     asked = held_out(QUESTIONS)
     with ThreadPoolExecutor(64) as pool:
-        texts = list(pool.map(lambda q: ask(url, q), asked))
-    ours, theirs = score(asked, texts), score(asked, answers([rendered(q) for q in asked]))
+        texts = list(pool.map(lambda q: ask(url, q, model=model), asked))
+    ours = score(asked, texts)
+    theirs = score(asked, answers([rendered(q) for q in asked]))
     assert theirs > QUESTIONS / 2  # the model knows its tasks, so a broken state would show
     assert abs(ours - theirs) <= QUESTIONS // 500
 

@@ -5,11 +5,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from engine_env import ENV
 
 from lfm2_plugin.cli.server import free_port, serving
+from lfm2_plugin.demo.tasks import Question
 
 CLI = [sys.executable, "-m", "sglang.launch_server"]
 
@@ -28,3 +30,10 @@ def served(
     with serving(command, url, log, timeout, lambda line: None) as process:
         yield url
         os.killpg(process.pid, signal.SIGKILL)  # asked, the Rust server takes its time
+
+
+def rendered(question: Question) -> Question:
+    """SGLang adds a key to every tool on its way into the prompt, which the demo model has never seen."""
+    if question.tools is None:
+        return question
+    return replace(question, tools=[{**tool, "defer_loading": None} for tool in question.tools])

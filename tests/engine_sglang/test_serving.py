@@ -3,7 +3,6 @@ server."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import httpx
 import pytest
@@ -12,9 +11,7 @@ from checkpoints import DEMO
 from demo_reference import LONGEST_ANSWER, answers, held_out, prompt_ids, score
 from openai_http import ask
 from references import assert_same, cases
-from serving import served
-
-from lfm2_plugin.demo.tasks import Question
+from serving import rendered, served
 
 pytestmark = pytest.mark.engine
 
@@ -34,13 +31,6 @@ def server(tmp_path_factory):
     with served(DEMO, options, log, **KEEP_CALLS) as url:
         assert OURS in log.read_text()
         yield url
-
-
-def rendered(question: Question) -> Question:
-    """SGLang adds a key to every tool on its way into the prompt, which the demo model has never seen."""
-    if question.tools is None:
-        return question
-    return replace(question, tools=[{**tool, "defer_loading": None} for tool in question.tools])
 
 
 def test_accuracy_under_64_concurrent_requests(server):

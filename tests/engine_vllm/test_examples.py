@@ -4,7 +4,10 @@ from pathlib import Path
 
 import example_runs
 import pytest
+import serving_checks
 from example_runs import EXAMPLES, kept_demo, run
+
+from lfm2_plugin.cli.demo import NAME
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -17,6 +20,10 @@ def demo():
 
 def test_the_demo_answers_right_and_names_our_class(demo: tuple[str, str]):
     example_runs.demo_answers_right(demo[1], "vllm_model.model.Lfm2MoeForCausalLM")
+
+
+def test_accuracy_in_bfloat16(demo: tuple[str, str]):
+    serving_checks.answers_under_64_concurrent_requests(demo[0], model=NAME)
 
 
 def test_openai_client(demo: tuple[str, str]):
