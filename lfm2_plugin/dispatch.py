@@ -2,7 +2,8 @@
 
 - ``naive``: the readable loops that define each op; for tests and for finding faults.
 - ``native``: vectorised torch, for every device that torch knows.
-- ``triton``: kernels for GPUs; not written yet.
+- ``triton``: kernels for GPUs. Those of short_conv and router are there; they can't be chosen before a GPU has run them
+  (``docs/gpu-verification.md``).
 
 ``LFM2_PLUGIN_OPS=naive|native|triton`` forces one; unset or ``auto`` takes the best for the device.
 """
@@ -46,6 +47,6 @@ def _choose(wanted: str) -> str:
     names = ", ".join(("auto", *AVAILABLE))
     if wanted in _PLANNED:
         raise ImpossibleChoice(
-            f"{ENV}={wanted}: this version has no {wanted} kernels yet. Set it to one of {names}."
+            f"{ENV}={wanted}: this version has no {wanted} kernels to choose yet. Set it to one of {names}."
         )
     raise ImpossibleChoice(f"{ENV}={wanted} is unknown. Set it to one of {names}, or unset it.")

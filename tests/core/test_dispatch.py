@@ -29,7 +29,7 @@ def test_choice(monkeypatch: pytest.MonkeyPatch, value, expected: str, device: s
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("triton", "LFM2_PLUGIN_OPS=triton: this version has no triton kernels"),
+        ("triton", "LFM2_PLUGIN_OPS=triton: this version has no triton kernels to choose"),
         ("fast", "LFM2_PLUGIN_OPS=fast is unknown. Set it to one of auto, naive, native"),
     ],
 )

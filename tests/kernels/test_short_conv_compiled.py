@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from gpu_code import compiled
 
 from lfm2_plugin.ops.short_conv.triton import CHANNELS, ROWS
 
-PROGRAM = Path(__file__).with_name("compiled.py")
 # The published models; the taps lie tap after tap, the states channel after channel ("vLLM") or not ("SGLang").
 COMMON = {
     "weight_stride_channel": 1,
@@ -36,17 +30,9 @@ VARIANTS = {
 SCALARS = 8 + ROWS  # single values that a program reads: of its sequence, of the kinds of its rows
 
 
-def compiled(backend: str, arch: str, variants: dict = VARIANTS) -> dict:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, PROGRAM, json.dumps(variants), backend, arch]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def hopper() -> dict:
-    return compiled("cuda", "90")
+    return compiled("short_conv", VARIANTS, "cuda", "90")
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "SGLang"])
@@ -75,6 +61,8 @@ def test_no_register_is_spilled(hopper, name: str) -> None:
 
 @pytest.mark.parametrize(("backend", "arch"), [("cuda", "75"), ("cuda", "120"), ("hip", "gfx942")])
 def test_other_gpus_compile_it(backend: str, arch: str) -> None:
-    found = compiled(backend, arch, {name: VARIANTS[name] for name in ("vLLM", "SGLang")})
+    found = compiled(
+        "short_conv", {name: VARIANTS[name] for name in ("vLLM", "SGLang")}, backend, arch
+    )
     assert set(found) == {"vLLM", "SGLang"}
     assert not any(variant.get("spilled") for variant in found.values())

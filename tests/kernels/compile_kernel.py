@@ -2,12 +2,13 @@
 
 Run as a program, since a process has kernels either interpreted or compiled::
 
-    python tests/kernels/compiled.py '{"name": {"K": 3, ...}}' cuda 90
+    python tests/kernels/compile_kernel.py short_conv '{"name": {"K": 3, ...}}' cuda 90
 
 prints {"name": {"loads": .., "wide_loads": .., "stores": .., "wide_stores": .., "registers": .., "spilled": ..}}; of a
 GPU that is not NVIDIA's, whether it compiles.
 """
 
+import importlib
 import json
 import re
 import subprocess
@@ -15,8 +16,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-VALUES = ("bcx_ptr", "weight_ptr", "bias_ptr", "state_ptr", "out_ptr")
+KERNELS = {"short_conv": "_short_conv", "router": "_route"}
+VALUES = ("bcx_ptr", "weight_ptr", "bias_ptr", "state_ptr", "out_ptr", "logits_ptr")
 POINTERS = dict.fromkeys(VALUES, "*bf16") | {
+    "weights_ptr": "*fp32",
+    "ids_ptr": "*i32",
+    "padding_ptr": "*i1",
     "kinds_ptr": "*i8",
     "slots_ptr": "*i32",
     "query_start_ptr": "*i32",
@@ -25,7 +30,15 @@ POINTERS = dict.fromkeys(VALUES, "*bf16") | {
     "checkpoint_offsets_ptr": "*i32",
     "checkpoint_slots_ptr": "*i32",
 }
-BY_16 = ("D", "bcx_stride", "weight_stride_tap", "out_stride_row", "state_stride_slot")
+FLOATS = {"scaling": "fp32", "epsilon": "fp32"}
+BY_16 = (
+    "logits_stride",
+    "D",
+    "bcx_stride",
+    "weight_stride_tap",
+    "out_stride_row",
+    "state_stride_slot",
+)
 BY_16 += ("state_stride_column",)
 """Integers that 16 divides in the published models, which Triton sees at the launch."""
 
@@ -65,7 +78,8 @@ def build(function: object, constants: dict, backend: str, arch: int | str) -> o
 
     names = function.arg_names
     signature = {
-        name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names
+        name: "constexpr" if name in constants else (POINTERS | FLOATS).get(name, "i32")
+        for name in names
     }
     aligned = [n for n in (*POINTERS, *BY_16) if n in names and n not in constants]
     source = ASTSource(
@@ -77,13 +91,12 @@ def build(function: object, constants: dict, backend: str, arch: int | str) -> o
     return compile(source, target=GPUTarget(backend, arch, 32 if backend == "cuda" else 64))
 
 
-def main(variants: str, backend: str, arch: str) -> None:
-    from lfm2_plugin.ops.short_conv import triton as short_conv
-
+def main(op: str, variants: str, backend: str, arch: str) -> None:
+    function = getattr(importlib.import_module(f"lfm2_plugin.ops.{op}.triton"), KERNELS[op])
     target = int(arch) if backend == "cuda" else arch
     found = {}
     for name, constants in json.loads(variants).items():
-        kernel = build(short_conv._short_conv, constants, backend, target)
+        kernel = build(function, constants, backend, target)
         found[name] = count(kernel, target) if backend == "cuda" else {"compiles": True}
     print(json.dumps(found))
 
