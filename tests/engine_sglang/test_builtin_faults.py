@@ -12,6 +12,7 @@ from checkpoints import checkpoint
 from conversations import ANSWER, shared_beginnings
 from engines import BUILTIN
 from references import NEW_TOKENS, assert_same, cases, wrong
+from releases import needs_snapshots
 from tolerances import assert_within
 
 pytestmark = pytest.mark.engine
@@ -63,6 +64,7 @@ def default(server, run) -> dict[str, dict]:
     return {"builtin": theirs, "ours": run("alpha", FLOAT, steps)}
 
 
+@needs_snapshots
 def test_the_overlap_scheduler_is_off(default):
     found = {
         side: (
@@ -76,6 +78,7 @@ def test_the_overlap_scheduler_is_off(default):
     assert found["ours"] == ("overlap", False, "extra_buffer")
 
 
+@needs_snapshots
 def test_a_shared_beginning_is_never_found(default):
     """Without snapshots where prompts part, a state is of use only to whoever repeats all of a prompt."""
     cached = {
