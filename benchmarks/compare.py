@@ -1,11 +1,10 @@
 """A/B in the real engine: our model against the built-in, same flags, in turn.
 
     python -m benchmarks.compare --model 8b-cut
-    python -m benchmarks.compare --model small --set quick --a builtin --b builtin   # the method's
-    own error python -m benchmarks.compare --model 8b-cut --profile --only "decode 8"          # where the time goes
+    python -m benchmarks.compare --model small --set quick --a builtin --b builtin   # the method's own error
+    python -m benchmarks.compare --model 8b-cut --profile --only "decode 8"          # where the time goes
 
-Each side is a process with an engine of its own; both stay alive, and only one works at a time. See
-README.md.
+Each side is a process with an engine of its own; both stay alive, and only one works at a time. See README.md.
 """
 
 from __future__ import annotations
@@ -48,6 +47,7 @@ class Plan:
     engine: str
     workloads: list[Workload]
     pairs: int
+    starts: int
     flags: Flags
     environment: dict[str, str]
     labels: tuple[str, str]
@@ -76,7 +76,8 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="small", help=f"{', '.join(MODELS)}, demo, or a checkpoint's folder")
     add("--set", default="standard", choices=list(SETS), help="which workloads")
     add("--only", nargs="+", default=[], metavar="TEXT", help="those whose names contain TEXT")
-    add("--pairs", type=int, default=5, help="timed turns of each side")
+    add("--pairs", type=int, default=5, help="timed turns of each side in each start")
+    add("--starts", type=int, default=1, help="how often both engines are started anew")
     add("--a", default="builtin", choices=SIDES, help="the side that is divided by")
     add("--b", default="ours", choices=SIDES)
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="OpenMP threads a side")
@@ -98,10 +99,10 @@ def settle(options: argparse.Namespace, folder: Path, random_weights: bool) -> P
     """Derive everything that both sides share from the options.
 
     Raises:
-        ValueError: the workloads do not exist, or fewer than one pair was asked for.
+        ValueError: the workloads do not exist, or fewer than one pair or start was asked for.
     """
-    if options.pairs < 1:
-        raise ValueError("--pairs must be at least 1")
+    if options.pairs < 1 or options.starts < 1:
+        raise ValueError("--pairs and --starts must be at least 1")
     workloads = select(options.set, options.only)
     # Decode sequences grow by every turn's steps.
     longest = max(w.context + w.steps * (options.pairs + 2) + 2 * w.batch for w in workloads)
@@ -133,6 +134,7 @@ def settle(options: argparse.Namespace, folder: Path, random_weights: bool) -> P
         engine=options.engine,
         workloads=workloads,
         pairs=options.pairs,
+        starts=options.starts,
         flags=Flags(folder, random_weights, options.processes == "one", arguments),
         environment=environment,
         labels=(a, b) if a != b else (f"{a} (A)", f"{b} (B)"),
@@ -166,11 +168,11 @@ def check_memory(folder: Path, kv_gib: float, engines: int) -> None:
         )
 
 
-def open_sides(plan: Plan, logs: Path, console: Console, count: int = 2) -> list[Side]:
-    """Start the engines one after the other (starting is the hungriest phase)."""
+def open_sides(plan: Plan, logs: Path, console: Console, b_first: bool = False) -> list[Side]:
+    """Start the engines one after the other (starting is the hungriest phase); A and B, whichever came first."""
     sides: list[Side] = []
     try:
-        for index in range(count):
+        for index in (1, 0) if b_first else (0, 1):
             log = logs / f"{'ab'[index]}-{plan.sides[index]}.log"
             side = Side(
                 plan.labels[index],
@@ -189,12 +191,17 @@ def open_sides(plan: Plan, logs: Path, console: Console, count: int = 2) -> list
         for side in sides:
             side.stop()
         raise
-    return sides
+    return sides[::-1] if b_first else sides
 
 
-def compare(plan: Plan, logs: Path, console: Console) -> tuple[list[Pairs], dict[str, str]]:
-    """Run every workload on both sides; the samples, and which class served which side."""
-    sides = open_sides(plan, logs, console)
+def compare(
+    plan: Plan, logs: Path, console: Console, start: int = 0
+) -> tuple[list[Pairs], dict[str, str]]:
+    """Run every workload on both sides; the samples, and which class served which side.
+
+    The side that starts first changes from start to start: the first has the choice of the memory.
+    """
+    sides = open_sides(plan, logs, console, b_first=bool(start % 2))
     found: list[Pairs] = []
     try:
         columns = (
@@ -267,13 +274,18 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 json.dumps(facts | {"profiles": profiles}, indent=1) + "\n"
             )
         return
-    pairs, classes = compare(plan, logs, console)
-    rows = [report.row(p) for p in pairs]
+    starts, classes = [], {}
+    for start in range(plan.starts):
+        found, classes = compare(plan, logs, console, start)
+        starts.append(found)
+        ratios = (f"{r.workload} {r.ratio:.2f}" for r in map(report.row, found))
+        console.print(f"start {start + 1} of {plan.starts}: " + ", ".join(ratios))
+    rows = [report.row(*pairs) for pairs in zip(*starts, strict=True)]
     console.print(report.markdown(rows, plan.labels), markup=False, soft_wrap=True)
     if not options.no_files:
         RESULTS.mkdir(exist_ok=True)
         report.write_csv(RESULTS / f"{name}.csv", rows)
-        report.write_json(RESULTS / f"{name}.json", rows, pairs, facts | {"classes": classes})
+        report.write_json(RESULTS / f"{name}.json", rows, starts, facts | {"classes": classes})
         version = facts["packages"].get(options.engine, "")
         title = f"{options.engine} {version}, {options.model}, {facts['cpu']['cpus']} CPUs"
         report.plot(RESULTS / f"{name}.png", rows, plan.labels, title)

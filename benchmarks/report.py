@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.driver import Pairs
@@ -19,6 +19,9 @@ class Row:
     """One workload's figures; rates in tokens a second, ratios are B's over A's (above 1: B is faster).
 
     The ratio is the median of the ratios pair by pair: what slows the machine for a while slows both turns of a pair.
+    Of several starts it is the median of their ratios, and the range is that of the starts: a difference between two
+    processes stays for as long as they live, so the pairs of one start say nothing about the next.
+
     ``cpu_ratio`` is the same of tokens a CPU second, which hardly depends on what else runs; 0 where the engine works
     in other processes.
     """
@@ -27,6 +30,7 @@ class Row:
     kind: str
     batch: int
     context: int
+    starts: int
     pairs: int
     a: float
     b: float
@@ -45,25 +49,28 @@ def _cpu_ratio(a: Sample, b: Sample) -> float:
     return (b.tokens / b.cpu_seconds) / (a.tokens / a.cpu_seconds)
 
 
-def row(pairs: Pairs) -> Row:
-    """Summarise one workload."""
-    ratios = [b.rate / a.rate for a, b in zip(pairs.a, pairs.b, strict=True)]
-    workload = pairs.workload
+def row(*starts: Pairs) -> Row:
+    """Summarise one workload, of one or several starts."""
+    found = [[b.rate / a.rate for a, b in zip(pairs.a, pairs.b, strict=True)] for pairs in starts]
+    ratios = found[0] if len(starts) == 1 else [median(ratios) for ratios in found]
+    workload = starts[0].workload
+    both = [pair for pairs in starts for pair in zip(pairs.a, pairs.b, strict=True)]
     return Row(
         workload=workload.name,
         kind=workload.kind,
         batch=workload.batch,
         context=workload.context,
-        pairs=len(ratios),
-        a=median(sample.rate for sample in pairs.a),
-        b=median(sample.rate for sample in pairs.b),
+        starts=len(starts),
+        pairs=len(both),
+        a=median(a.rate for a, _ in both),
+        b=median(b.rate for _, b in both),
         ratio=median(ratios),
         ratio_min=min(ratios),
         ratio_max=max(ratios),
-        cpu_ratio=median(_cpu_ratio(a, b) for a, b in zip(pairs.a, pairs.b, strict=True)),
+        cpu_ratio=median(_cpu_ratio(a, b) for a, b in both),
         b_faster=sum(ratio > 1 for ratio in ratios),
-        idle=pairs.idle,
-        others=pairs.others,
+        idle=mean(pairs.idle for pairs in starts),
+        others=mean(pairs.others for pairs in starts),
     )
 
 
@@ -94,17 +101,19 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def write_json(
-    path: Path, rows: Sequence[Row], pairs: Sequence[Pairs], facts: dict[str, Any]
+    path: Path, rows: Sequence[Row], starts: Sequence[Sequence[Pairs]], facts: dict[str, Any]
 ) -> None:
-    """Everything: provenance, the table and every sample."""
+    """Everything: provenance, the table and every sample of every start."""
     content = facts | {
         "rows": [asdict(r) for r in rows],
         "samples": [
             {
+                "start": start,
                 "workload": asdict(p.workload),
                 "a": list(map(asdict, p.a)),
                 "b": list(map(asdict, p.b)),
             }
+            for start, pairs in enumerate(starts, 1)
             for p in pairs
         ],
     }

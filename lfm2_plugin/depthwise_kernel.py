@@ -9,6 +9,8 @@ from torch import nn
 class DepthwiseKernel(nn.Module):
     """The convolution's weight (D, K) and bias (D,), D per rank; loads the (D, 1, K) of a checkpoint.
 
+    In memory the weight lies tap after tap: an operator that goes over channels reads each tap as one piece.
+
     Args:
         channels: D of this rank.
         width: K.
@@ -19,11 +21,11 @@ class DepthwiseKernel(nn.Module):
     def __init__(self, channels: int, width: int, bias: bool, rank: int) -> None:
         super().__init__()
         self._first = rank * channels
-        self.weight = self._parameter(channels, width)
-        self.bias = self._parameter(channels) if bias else None
+        self.weight = self._parameter(torch.zeros(width, channels).t())
+        self.bias = self._parameter(torch.zeros(channels)) if bias else None
 
-    def _parameter(self, *shape: int) -> nn.Parameter:
-        parameter = nn.Parameter(torch.zeros(*shape), requires_grad=False)
+    def _parameter(self, values: torch.Tensor) -> nn.Parameter:
+        parameter = nn.Parameter(values, requires_grad=False)
         # The hook on a parameter by which vLLM and SGLang load it.
         parameter.weight_loader = self._load
         return parameter

@@ -86,7 +86,7 @@ def test_a_side_against_itself_is_labelled(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("--pairs", "0"), "--pairs must be at least 1"),
+        (("--pairs", "0"), "--pairs and --starts must be at least 1"),
         (("--only", "nothing"), "no workload"),
         (("--model", "70b"), "unknown model '70b'"),
         (("--model", "24b", "--kv-gib", "4000"), "engines need about"),

@@ -265,6 +265,14 @@ def test_ratios_are_taken_pair_by_pair():
     assert (row.ratio, row.ratio_min, row.ratio_max, row.b_faster) == (0.8, 0.5, 2.0, 1)
 
 
+def test_of_several_starts_each_counts_once():
+    """One start in which both pairs are slow is one of three, however many pairs it has."""
+    starts = _pairs([1.0], [0.5]), _pairs([1.0] * 4, [2.0] * 4), _pairs([1.0, 1.0], [0.8, 0.8])
+    row = report.row(*starts)
+    assert (row.starts, row.pairs, row.b_faster) == (3, 7, 2)
+    assert (row.ratio, row.ratio_min, row.ratio_max) == (1.25, 0.5, 2.0)
+
+
 def test_cpu_time_is_compared_too():
     """Twice the wall time for half the CPU time: something else was running."""
     pairs = _pairs([1.0], [2.0])
@@ -279,12 +287,13 @@ def test_results_are_written(tmp_path):
     rows = [report.row(p) for p in pairs]
     report.write_csv(tmp_path / "r.csv", rows)
     header, line = (tmp_path / "r.csv").read_text().splitlines()
-    assert header.startswith("workload,kind,batch,context,pairs,a,b,ratio")
-    assert line.startswith("decode 1 x 128,decode,1,128,2,")
-    report.write_json(tmp_path / "r.json", rows, pairs, {"commit": "c"})
+    assert header.startswith("workload,kind,batch,context,starts,pairs,a,b,ratio")
+    assert line.startswith("decode 1 x 128,decode,1,128,1,2,")
+    report.write_json(tmp_path / "r.json", rows, [pairs, pairs], {"commit": "c"})
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["commit"] == "c"
     assert content["samples"][0]["b"][1]["seconds"] == 0.6
+    assert [sample["start"] for sample in content["samples"]] == [1, 2]
     report.plot(tmp_path / "r.png", rows, ("builtin", "ours"), "title")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     assert "| decode 1 x 128 | 95.5 | 183.3 | 1.92 | 1.83-2.00 | - |" in report.markdown(

