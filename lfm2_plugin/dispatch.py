@@ -2,19 +2,19 @@
 
 - ``naive``: the readable loops that define each op; for tests and for finding faults.
 - ``native``: vectorised torch, for every device that torch knows.
-- ``triton``: kernels for GPUs. Those of short_conv and router are there; they can't be chosen before a GPU has run them
-  (``docs/gpu-verification.md``).
+- ``triton``: one kernel for GPUs. Of ``short_conv``, ``short_conv_drafts`` and ``router``; other ops stay ``native``.
 
-``LFM2_PLUGIN_OPS=naive|native|triton`` forces one; unset or ``auto`` takes the best for the device.
+``LFM2_PLUGIN_OPS=naive|native|triton`` forces one. Unset or ``auto`` it is ``native``, and on a GPU the engines' own
+kernels where they have any: no GPU has run ours yet (``docs/gpu-verification.md``).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 ENV = "LFM2_PLUGIN_OPS"
-AVAILABLE = ("naive", "native")
-_PLANNED = ("triton",)
+AVAILABLE = ("naive", "native", "triton")
 
 _chosen: dict[str, str] = {}
 
@@ -23,15 +23,28 @@ class ImpossibleChoice(RuntimeError):
     """LFM2_PLUGIN_OPS asks for something that is unknown, or that cannot run here."""
 
 
-def implementation(device_type: str) -> str:
-    """The implementation for tensors on ``device_type`` ("cpu", "cuda", ...): "naive" or "native".
+def implementation(device_type: str, *, triton: bool = False) -> str:
+    """The implementation for tensors on ``device_type`` ("cpu", "cuda", ...), of an op that has a kernel or has none.
+
+    Args:
+        device_type: of the op's tensors.
+        triton: whether the op has a Triton kernel.
+
+    Returns:
+        One of ``AVAILABLE``.
 
     Raises:
-        ImpossibleChoice: ``LFM2_PLUGIN_OPS`` names no implementation, or one that this build does not have.
+        ImpossibleChoice: ``LFM2_PLUGIN_OPS`` names no implementation, or one that can't run there.
     """
     if device_type not in _chosen:
-        _chosen[device_type] = _choose(os.environ.get(ENV, "auto").strip().lower())
-    return _chosen[device_type]
+        _chosen[device_type] = _choose(_wanted(), device_type)
+    chosen = _chosen[device_type]
+    return "native" if chosen == "triton" and not triton else chosen
+
+
+def is_forced() -> bool:
+    """Whether the user names an implementation, which then runs also where an engine has a kernel of its own."""
+    return _wanted() != "auto"
 
 
 def forget() -> None:
@@ -39,14 +52,28 @@ def forget() -> None:
     _chosen.clear()
 
 
-def _choose(wanted: str) -> str:
-    if wanted in ("", "auto"):
+def _wanted() -> str:
+    return os.environ.get(ENV, "").strip().lower() or "auto"
+
+
+def _choose(wanted: str, device_type: str) -> str:
+    if wanted == "auto":
         return "native"
-    if wanted in AVAILABLE:
-        return wanted
-    names = ", ".join(("auto", *AVAILABLE))
-    if wanted in _PLANNED:
+    if wanted not in AVAILABLE:
+        names = ", ".join(("auto", *AVAILABLE))
+        raise ImpossibleChoice(f"{ENV}={wanted} is unknown. Set it to one of {names}, or unset it.")
+    if wanted == "triton":
+        _check_triton(device_type)
+    return wanted
+
+
+def _check_triton(device_type: str) -> None:
+    """Triton's kernels run on GPUs, and anywhere in its interpreter (``TRITON_INTERPRET=1``), which is for tests."""
+    if importlib.util.find_spec("triton") is None:
         raise ImpossibleChoice(
-            f"{ENV}={wanted}: this version has no {wanted} kernels to choose yet. Set it to one of {names}."
+            f"{ENV}=triton, but the package triton is not installed. Install it, or unset {ENV}."
         )
-    raise ImpossibleChoice(f"{ENV}={wanted} is unknown. Set it to one of {names}, or unset it.")
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ImpossibleChoice(
+            f"{ENV}=triton needs a GPU, and this model is on the device {device_type!r}. Unset {ENV}."
+        )

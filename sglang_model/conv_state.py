@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from lfm2_plugin.conv_batch import ConvBatch
-from lfm2_plugin.ops.short_conv import branches, chain, short_conv, short_conv_drafts, tree
+from lfm2_plugin.dispatch import is_forced
+from lfm2_plugin.ops.short_conv import short_conv
+from lfm2_plugin.ops.short_conv_drafts import branches, chain, short_conv_drafts, tree
 
 from . import gpu_conv
 from .engine_api import (
@@ -36,26 +38,52 @@ class ConvStateBackend(ShortConvAttnBackend):
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
+        # On a GPU the engine's kernels run, until ours are asked for: none has run them yet.
+        self._ours = torch.device(self.device).type == "cpu" or is_forced()
         self._batch: ConvBatch | None = None
+        self._always = torch.ones(0, dtype=torch.bool, device=self.device)
         self._tracked: torch.Tensor | None = None  # rows of this decode step whose state is copied
         self._seen: torch.Tensor | None = None  # what the drafts of this step see
         self._first_layer = min(self.req_to_token_pool.mamba_map)
         self._last_layer = max(self.req_to_token_pool.mamba_map)
 
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Before the first capture: what captured decodes of up to ``max_bs`` sequences read."""
+        super().init_cuda_graph_state(max_bs, max_num_tokens)
+        self._always = torch.ones(max_bs, dtype=torch.bool, device=self.device)
+
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Once a step, before any layer."""
         super().init_forward_metadata(forward_batch)
-        mode = forward_batch.forward_mode
-        if mode.is_idle() or mode.is_target_verify() or torch.device(self.device).type != "cpu":
-            self._batch = self._tracked = None
-            return
-        self._batch = conv_batch_from(
-            self._cache_indices, self.forward_metadata.query_start_loc, forward_batch
-        )
+        self._batch = self._make_batch(forward_batch)
         self._tracked = None
-        if mode.is_decode() and forward_batch.mamba_track_mask is not None:
+        on_cpu = torch.device(self.device).type == "cpu"
+        if (
+            on_cpu
+            and forward_batch.forward_mode.is_decode()
+            and forward_batch.mamba_track_mask is not None
+        ):
             rows = forward_batch.mamba_track_mask.nonzero().squeeze(1)
             self._tracked = rows if rows.numel() else None
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
+        """Before a decode or a verification of drafts is captured, and before each replay."""
+        super().init_forward_metadata_out_graph(forward_batch, in_capture)
+        decodes = forward_batch.forward_mode.is_decode()
+        self._batch, self._tracked = self._make_batch(forward_batch) if decodes else None, None
+
+    def _make_batch(self, forward_batch: ForwardBatch) -> ConvBatch | None:
+        """The step as our operator sees it; None where it doesn't run."""
+        mode = forward_batch.forward_mode
+        if not self._ours or mode.is_idle() or mode.is_target_verify():
+            return None
+        slots = self._cache_indices
+        always = self._always[: slots.shape[0]]
+        if always.shape != slots.shape:  # more than any graph holds
+            always = torch.ones(slots.shape[0], dtype=torch.bool, device=self.device)
+        return conv_batch_from(slots, self.forward_metadata.query_start_loc, forward_batch, always)
 
     def convolve(
         self,
@@ -71,11 +99,17 @@ class ConvStateBackend(ShortConvAttnBackend):
             if layer_id == self._first_layer:
                 self._seen = self._make_seen(bcx.shape[0], weight.shape[1], forward_batch)
             return self._convolve_drafts(cache, bcx, weight, bias)
-        if bcx.device.type != "cpu":
-            return self._convolve_on_gpu(layer_id, cache, bcx, weight, bias, forward_batch)
-        out = short_conv(bcx, weight, bias, cache.conv[0], self._batch)
+        state = cache.conv[0]
+        if self._ours:
+            out = short_conv(bcx, weight, bias, state, self._batch)
+        else:
+            out = self._convolve_by_engine(state, bcx, weight, bias, forward_batch)
         if self._tracked is not None and layer_id == self._last_layer:
             self._track_decodes(forward_batch)
+        if bcx.device.type != "cpu" and forward_batch.forward_mode.is_decode():
+            # The engine's own copy of snapshots, one launch for all layers after the last of them.
+            slots = self._cache_indices
+            self._track_mamba_state_decode(forward_batch, state, cache.temporal, slots, layer_id)
         return out
 
     def _track_decodes(self, forward_batch: ForwardBatch) -> None:
@@ -107,11 +141,8 @@ class ConvStateBackend(ShortConvAttnBackend):
     ) -> torch.Tensor:
         """As :meth:`convolve` on S * q drafts, whose states go to the first S rows of the windows."""
         assert self._seen is not None  # the first layer has made it
-        sequences, drafts, _ = self._seen.shape
-        history = cache.conv[0][self._cache_indices.long()]
-        out, states = short_conv_drafts(bcx, weight, bias, history, self._seen)
-        cache.intermediate_conv_window[0][:sequences, :drafts] = states
-        return out
+        state, windows = cache.conv[0], cache.intermediate_conv_window[0]
+        return short_conv_drafts(bcx, weight, bias, state, self._cache_indices, self._seen, windows)
 
     def keep_drafts(
         self,
@@ -134,28 +165,23 @@ class ConvStateBackend(ShortConvAttnBackend):
             due = (snapshot_drafts >= 0) & (snapshot_slots >= 0)
             pool[:, snapshot_slots[due]] = windows[:, rows[due], snapshot_drafts[due].long()]
 
-    def _convolve_on_gpu(
+    def _convolve_by_engine(
         self,
-        layer_id: int,
-        cache: Any,
+        state: torch.Tensor,
         bcx: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         forward_batch: ForwardBatch,
     ) -> torch.Tensor:
-        """As :meth:`convolve`, of the engine's kernels; decodes may run inside a captured graph."""
-        state, slots = cache.conv[0], self._cache_indices
+        """As :meth:`convolve`, of the engine's kernels for GPUs; decodes may run inside a captured graph."""
         if forward_batch.forward_mode.is_decode():
-            out = gpu_conv.decode(bcx, weight, bias, state, slots)
-            # The engine's own copy of snapshots, one launch for all layers after the last of them.
-            self._track_mamba_state_decode(forward_batch, state, cache.temporal, slots, layer_id)
-            return out
+            return gpu_conv.decode(bcx, weight, bias, state, self._cache_indices)
         return gpu_conv.extend(
             bcx,
             weight,
             bias,
             state,
-            slots,
+            self._cache_indices,
             self.forward_metadata.query_start_loc,
             self._has_initial_state,
             tracked_prefills(forward_batch),

@@ -310,6 +310,7 @@ def conv_batch_from(
     slots: torch.Tensor,
     query_start: torch.Tensor,
     forward_batch: ForwardBatch,
+    always: torch.Tensor,
 ) -> ConvBatch:
     """SGLang's metadata of a step as a :class:`ConvBatch`; ``docs/contracts.md`` has the table.
 
@@ -320,6 +321,7 @@ def conv_batch_from(
         slots: (S,) the state slot of each sequence; -1 marks padding of a captured graph.
         query_start: (S + 1,) where each sequence's tokens start.
         forward_batch: the step.
+        always: (S,) True. It, ``slots`` and ``query_start`` of a decode that a CUDA graph captures stay where they are.
     """
     mode = forward_batch.forward_mode
     sequences = slots.shape[0]
@@ -327,7 +329,7 @@ def conv_batch_from(
         return ConvBatch(
             slots=slots,
             query_start=query_start,
-            has_initial_state=torch.ones(sequences, dtype=torch.bool, device=slots.device),
+            has_initial_state=always,
             num_decodes=sequences,
             num_decode_tokens=sequences,
             num_prefills=0,

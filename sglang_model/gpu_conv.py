@@ -1,4 +1,4 @@
-"""The short convolution on a GPU, composed of SGLang's own kernels until there is one of ours for a whole step.
+"""The short convolution on a GPU, composed of SGLang's own kernels: what runs until a GPU has run ours.
 
 Nothing here reads a value back from the device, so a decode can be captured in a CUDA graph.
 """
@@ -38,6 +38,7 @@ def decode(
         (S, D).
     """
     b, c, x = bcx.chunk(3, dim=-1)
+    weight = weight.contiguous()  # SGLang's kernel takes a channel's taps side by side
     if can_dispatch_fused_lfm_short_conv(b, c, x, weight, bias, state):
         return fused_lfm_short_conv_decode(b, c, x, weight, state, slots)
     return c * causal_conv1d_update(

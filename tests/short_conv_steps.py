@@ -128,3 +128,61 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """torch.equal that takes NaN for equal to NaN."""
     as_int = torch.int32 if a.dtype == torch.float32 else torch.int16
     return torch.equal(a.contiguous().view(as_int), b.contiguous().view(as_int))
+
+
+def one_of(batch: ConvBatch, index: int) -> tuple[slice, ConvBatch]:
+    """The rows of one sequence of a step, and the step that has it alone."""
+    start, end = (int(place) for place in batch.query_start[index : index + 2])
+    decodes = index < batch.num_decodes
+    prefill = slice(index - batch.num_decodes, index - batch.num_decodes + 1)
+
+    def pick(values: torch.Tensor | None, kept: bool, where: slice) -> torch.Tensor | None:
+        return values[where] if values is not None and kept else None
+
+    alone = ConvBatch(
+        slots=batch.slots[index : index + 1],
+        query_start=batch.query_start[index : index + 2] - start,
+        has_initial_state=batch.has_initial_state[index : index + 1],
+        num_decodes=int(decodes),
+        num_decode_tokens=(end - start) * decodes,
+        num_prefills=int(not decodes),
+        num_prefill_tokens=(end - start) * (not decodes),
+        max_decode_len=batch.max_decode_len,
+        num_accepted=pick(batch.num_accepted, decodes, slice(index, index + 1)),
+        checkpoint_offsets=pick(batch.checkpoint_offsets, not decodes, prefill),
+        checkpoint_slots=pick(batch.checkpoint_slots, not decodes, prefill),
+        null_slot=batch.null_slot,
+    )
+    return slice(start, end), alone
+
+
+COMPANY = Case(
+    "company",
+    decodes=[1, 3, 1],
+    prefills=[40, 1, 2, 9],
+    accepted=[1, 2, 1],
+    checkpoints=[17, 0, 1, 9],
+    fresh=[3],
+    padding=6,
+    drafts=2,
+    dim=41,
+)
+"""Every kind of sequence in one step, and channels that are no multiple of a vector."""
+
+
+def assert_invariant(run, step: tuple) -> None:
+    """Of every sequence the same output and states, to the bit, alone and in company."""
+    bcx, weight, bias, state, batch = step
+    together = state.clone(memory_format=torch.preserve_format)
+    out = bcx.new_empty(bcx.shape[0], weight.shape[0])
+    run(bcx, weight, bias, together, batch, out)
+    for index in range(batch.num_sequences):
+        rows, alone = one_of(batch, index)
+        after = state.clone(memory_format=torch.preserve_format)
+        mine = bcx.new_empty(rows.stop - rows.start, weight.shape[0])
+        run(bcx[rows], weight, bias, after, alone, mine)
+        assert torch.equal(mine, out[rows]), f"sequence {index}"
+        slots = [int(alone.slots[0])]
+        if alone.checkpoint_offsets is not None and alone.checkpoint_offsets[0] > 0:
+            slots.append(int(alone.checkpoint_slots[0]))
+        assert same_bits(after[slots], together[slots]), f"sequence {index}"

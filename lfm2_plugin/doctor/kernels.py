@@ -1,5 +1,6 @@
 """The implementation that each operator runs on each kind of device, and a short comparison with the naive one."""
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 
@@ -12,6 +13,12 @@ from lfm2_plugin.ops.linear import linear, linear_naive, pack
 from lfm2_plugin.ops.moe import moe, moe_naive
 from lfm2_plugin.ops.router import route, route_naive
 from lfm2_plugin.ops.short_conv import short_conv, short_conv_naive
+from lfm2_plugin.ops.short_conv_drafts import (
+    branches,
+    chain,
+    short_conv_drafts,
+    short_conv_drafts_naive,
+)
 
 # Both sides compute in float32 and may sum in another order; 1e-5 is some 80 roundings of a float32.
 BOUND = 1e-5
@@ -29,7 +36,8 @@ def kernel_findings() -> Iterator[Finding]:
 def _compare(name: str, check: Callable[[str], tuple[Outputs, Outputs]], device: str) -> Finding:
     label = f"{name} on {device}"
     try:
-        chosen = implementation(device)
+        has_kernel = importlib.util.find_spec(f"lfm2_plugin.ops.{name}.triton") is not None
+        chosen = implementation(device, triton=has_kernel)
     except ImpossibleChoice as error:
         return Finding("kernels", label, "fault", str(error))
     start = time.monotonic()
@@ -81,6 +89,22 @@ def check_short_conv(device: str) -> tuple[Outputs, Outputs]:
     return results[0], results[1]
 
 
+def check_short_conv_drafts(device: str) -> tuple[Outputs, Outputs]:
+    """Two sequences with a chain of three drafts each: outputs and windows of both sides."""
+    generator = torch.Generator().manual_seed(0)
+    S, q, D, K = 2, 3, 256, 3
+    bcx = torch.randn(S * q, 3 * D, generator=generator).to(device)
+    weight = torch.randn(D, K, generator=generator).to(device)
+    state = torch.randn(8, D, K - 1, generator=generator).to(device)
+    slots = torch.tensor([5, 2], device=device)
+    seen = branches(chain(S, q, bcx.device), K)
+    windows = [torch.zeros(S, q, D, K - 1, device=device) for _ in range(2)]
+    ours = short_conv_drafts(bcx, weight, None, state, slots, seen, windows[0])
+    naive = torch.empty_like(ours)
+    short_conv_drafts_naive(bcx, weight, None, state, slots, seen, windows[1], naive)
+    return [ours, windows[0]], [naive, windows[1]]
+
+
 def check_router(device: str) -> tuple[Outputs, Outputs]:
     """64 tokens choosing 4 of 32 experts: weights and ids of both sides."""
     generator = torch.Generator().manual_seed(0)
@@ -116,6 +140,7 @@ def check_linear(device: str) -> tuple[Outputs, Outputs]:
 
 CHECKS: dict[str, Callable[[str], tuple[Outputs, Outputs]]] = {
     "short_conv": check_short_conv,
+    "short_conv_drafts": check_short_conv_drafts,
     "router": check_router,
     "moe": check_moe,
     "linear": check_linear,

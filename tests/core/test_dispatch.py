@@ -29,14 +29,40 @@ def test_choice(monkeypatch: pytest.MonkeyPatch, value, expected: str, device: s
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("triton", "LFM2_PLUGIN_OPS=triton: this version has no triton kernels to choose"),
-        ("fast", "LFM2_PLUGIN_OPS=fast is unknown. Set it to one of auto, naive, native"),
+        ("triton", "LFM2_PLUGIN_OPS=triton needs a GPU, and this model is on the device 'cpu'"),
+        ("fast", "LFM2_PLUGIN_OPS=fast is unknown. Set it to one of auto, naive, native, triton"),
     ],
 )
 def test_impossible_choice(monkeypatch: pytest.MonkeyPatch, value: str, message: str) -> None:
     monkeypatch.setenv(dispatch.ENV, value)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(dispatch.ImpossibleChoice, match=message):
         route(torch.zeros(1, 2), None, 1, renormalise=True)
+
+
+def test_triton_is_for_the_ops_that_have_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.ENV, "triton")
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
+    assert dispatch.implementation("cuda", triton=True) == "triton"
+    assert dispatch.implementation("cuda") == "native"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.implementation("cpu", triton=True) == "triton"
+
+
+def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.ENV, "triton")
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(dispatch.ImpossibleChoice, match="the package triton is not installed"):
+        dispatch.implementation("cuda", triton=True)
+
+
+@pytest.mark.parametrize(("value", "forced"), [(None, False), ("auto", False), ("native", True)])
+def test_a_choice_of_the_user(monkeypatch: pytest.MonkeyPatch, value, forced: bool) -> None:
+    """On a GPU the engine's kernels run unless the user names ours."""
+    monkeypatch.delenv(dispatch.ENV, raising=False)
+    if value is not None:
+        monkeypatch.setenv(dispatch.ENV, value)
+    assert dispatch.is_forced() is forced
 
 
 def test_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:

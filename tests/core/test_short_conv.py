@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from short_conv_steps import CASES, DTYPES, NULL, Case, make_step, same_bits
+from short_conv_steps import (
+    CASES,
+    COMPANY,
+    DTYPES,
+    NULL,
+    Case,
+    assert_invariant,
+    make_step,
+    same_bits,
+)
 from tolerances import assert_within
 
 from lfm2_plugin.conv_batch import ConvBatch
@@ -193,6 +202,12 @@ def test_long_prefill_is_taken_in_pieces(monkeypatch, dtype, width: int) -> None
     monkeypatch.setattr(native, "_PIECE_BYTES", 1)
     assert torch.equal(short_conv(bcx, weight, bias, state, batch), whole)
     assert same_bits(state, whole_state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("run", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_company_changes_no_bit(run, dtype) -> None:
+    assert_invariant(run, make_step(COMPANY, dtype))
 
 
 @pytest.mark.parametrize("run", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)

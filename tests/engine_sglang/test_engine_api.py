@@ -48,6 +48,9 @@ def test_every_name_of_the_room_is_used():
     assert set(NAMES) - used == set()
 
 
+ALWAYS = torch.ones(8, dtype=torch.bool)
+
+
 def step(mode: str, prefixes: list[int], lengths: list[int], tracked=None) -> SimpleNamespace:
     """The fields of SGLang's ForwardBatch that conv_batch_from reads.
 
@@ -73,7 +76,7 @@ def starts(lengths: list[int]) -> torch.Tensor:
 
 def test_a_step_of_decodes():
     batch = engine_api.conv_batch_from(
-        torch.tensor([4, 2, 9]), starts([1, 1, 1]), step("decode", [], [])
+        torch.tensor([4, 2, 9]), starts([1, 1, 1]), step("decode", [], []), ALWAYS[:3]
     )
     assert batch.slots.tolist() == [4, 2, 9]
     assert batch.query_start.tolist() == [0, 1, 2, 3]
@@ -86,7 +89,7 @@ def test_an_extending_step():
     """A new prompt, a chunk that goes on, and a decode that was mixed in."""
     lengths = [5, 8, 1]
     batch = engine_api.conv_batch_from(
-        torch.tensor([4, 2, 9]), starts(lengths), step("extend", [0, 16, 30], lengths)
+        torch.tensor([4, 2, 9]), starts(lengths), step("extend", [0, 16, 30], lengths), ALWAYS[:3]
     )
     assert batch.has_initial_state.tolist() == [False, True, True]
     assert batch.query_start.tolist() == [0, 5, 13, 14]
@@ -98,7 +101,7 @@ def test_snapshots_of_an_extending_step():
     """A sequence that keeps none has offset 0, whatever stands in SGLang's tensor for it."""
     lengths = [5, 8]
     given = step("extend", [0, 16], lengths, tracked=[None, (11, 6)])
-    batch = engine_api.conv_batch_from(torch.tensor([4, 2]), starts(lengths), given)
+    batch = engine_api.conv_batch_from(torch.tensor([4, 2]), starts(lengths), given, ALWAYS[:2])
     assert batch.checkpoint_offsets.tolist() == [0, 6]
     assert batch.checkpoint_slots.tolist() == [-1, 11]
     offsets, slots = engine_api.tracked_prefills(given)
@@ -109,7 +112,8 @@ def test_lengths_that_are_on_the_device_only():
     lengths = [5, 8]
     given = step("extend", [0, 0], lengths)
     given.extend_seq_lens_cpu = None
-    assert engine_api.conv_batch_from(torch.tensor([4, 2]), starts(lengths), given).num_tokens == 13
+    batch = engine_api.conv_batch_from(torch.tensor([4, 2]), starts(lengths), given, ALWAYS[:2])
+    assert batch.num_tokens == 13
 
 
 def test_the_dtype_of_states_is_the_users_if_they_say_one(monkeypatch):

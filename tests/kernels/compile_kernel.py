@@ -16,14 +16,27 @@ import sys
 import tempfile
 from pathlib import Path
 
-KERNELS = {"short_conv": "_short_conv", "router": "_route"}
-VALUES = ("bcx_ptr", "weight_ptr", "bias_ptr", "state_ptr", "out_ptr", "logits_ptr")
+KERNELS = {
+    "short_conv": "_short_conv",
+    "short_conv_drafts": "_short_conv_drafts",
+    "router": "_route",
+}
+VALUES = (
+    "bcx_ptr",
+    "weight_ptr",
+    "bias_ptr",
+    "state_ptr",
+    "windows_ptr",
+    "out_ptr",
+    "logits_ptr",
+)
 POINTERS = dict.fromkeys(VALUES, "*bf16") | {
     "weights_ptr": "*fp32",
     "ids_ptr": "*i32",
     "padding_ptr": "*i1",
     "kinds_ptr": "*i8",
     "slots_ptr": "*i32",
+    "seen_ptr": "*i64",
     "query_start_ptr": "*i32",
     "has_state_ptr": "*i1",
     "accepted_ptr": "*i32",

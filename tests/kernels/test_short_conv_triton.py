@@ -9,7 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 from interpreter import Watch, in_order
-from short_conv_steps import CASES, DTYPES, NULL, Case, make_step, same_bits
+from short_conv_steps import (
+    CASES,
+    COMPANY,
+    DTYPES,
+    NULL,
+    Case,
+    assert_invariant,
+    make_step,
+    same_bits,
+)
 from tolerances import assert_within
 
 from lfm2_plugin.ops.short_conv import short_conv_naive, triton
@@ -191,6 +200,11 @@ def test_one_launch_for_any_mix(step) -> None:
     short_conv_triton(bcx, weight, bias, state, batch, again)
     assert torch.equal(out, again)
     assert same_bits(after, state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_company_changes_no_bit(step, dtype: torch.dtype) -> None:
+    assert_invariant(short_conv_triton, step(COMPANY, dtype))
 
 
 def test_sequences_without_tokens_at_the_end_are_padding(step) -> None:

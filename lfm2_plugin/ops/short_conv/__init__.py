@@ -19,25 +19,17 @@ gives zeros and touches nothing; padding rows give zeros.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from lfm2_plugin.conv_batch import ConvBatch
 from lfm2_plugin.dispatch import implementation
-from lfm2_plugin.ops.short_conv.drafts import branches, chain, short_conv_drafts, tree
 from lfm2_plugin.ops.short_conv.naive import short_conv_naive
 from lfm2_plugin.ops.short_conv.native import short_conv_native
 
-_IMPLEMENTATIONS = {"naive": short_conv_naive, "native": short_conv_native}
-
-__all__ = [
-    "branches",
-    "chain",
-    "short_conv",
-    "short_conv_drafts",
-    "short_conv_naive",
-    "short_conv_native",
-    "tree",
-]
+__all__ = ["short_conv", "short_conv_naive", "short_conv_native"]
 
 
 def short_conv(
@@ -67,7 +59,7 @@ def short_conv(
     _check(bcx, weight, bias, state, batch, out)
     if out is None:
         out = bcx.new_empty(bcx.shape[0], weight.shape[0])
-    _IMPLEMENTATIONS[implementation(bcx.device.type)](bcx, weight, bias, state, batch, out)
+    _implementation(bcx.device)(bcx, weight, bias, state, batch, out)
     return out
 
 
@@ -117,3 +109,13 @@ def _check(
         raise ValueError(
             f"out must be ({bcx.shape[0]}, {D}) of {bcx.dtype}, got {tuple(out.shape)} of {out.dtype}"
         )
+
+
+def _implementation(device: torch.device) -> Callable[..., Any]:
+    chosen = implementation(device.type, triton=True)
+    if chosen == "triton":
+        # Not before it is asked for: not every machine has triton.
+        from lfm2_plugin.ops.short_conv.triton import short_conv_triton
+
+        return short_conv_triton
+    return short_conv_naive if chosen == "naive" else short_conv_native

@@ -66,7 +66,7 @@ def _row_kinds(
 
 
 @triton.jit
-def _value(bcx_ptr, row, bcx_stride, D, channels, mask):
+def gated_input(bcx_ptr, row, bcx_stride, D, channels, mask):
     """B * x of a row, rounded to its dtype. The float32 product of two 16-bit floats is exact."""
     start = bcx_ptr + row.to(tl.int64) * bcx_stride + channels
     b = tl.load(start, mask=mask, other=0.0)
@@ -75,7 +75,7 @@ def _value(bcx_ptr, row, bcx_stride, D, channels, mask):
 
 
 @triton.jit
-def _output(
+def gated_output(
     bcx_ptr, row, bcx_stride, D, channels, mask, value, before, taps, bias, K: tl.constexpr
 ):
     """C * (the taps on a row's value and on the K - 1 before it, newest first, + bias), each rounded to the dtype."""
@@ -91,7 +91,7 @@ def _output(
 def _state_value(age, end, before, bcx_ptr, start, bcx_stride, D, channels, mask, K: tl.constexpr):
     """The value ``age`` places before token ``end`` of a query, which may lie in the history ``before`` it."""
     place = end - age
-    value = _value(bcx_ptr, start + place, bcx_stride, D, channels, mask & (place >= 0))
+    value = gated_input(bcx_ptr, start + place, bcx_stride, D, channels, mask & (place >= 0))
     for k in tl.static_range(K - 1):
         value = tl.where(place == -1 - k, before[k], value)
     return value
@@ -179,8 +179,8 @@ def _short_conv(
             for t in tl.static_range(HEAD):
                 live = (t < length) & (is_decode | (t < K - 1))
                 row = start + t
-                value = _value(bcx_ptr, row, bcx_stride, D, channels, mask & live)
-                y = _output(
+                value = gated_input(bcx_ptr, row, bcx_stride, D, channels, mask & live)
+                y = gated_output(
                     bcx_ptr, row, bcx_stride, D, channels, mask & live, value, before, taps, bias, K
                 )
                 tl.store(out_ptrs + row.to(tl.int64) * out_stride_row, y, mask=mask & live)
@@ -229,14 +229,14 @@ def _short_conv(
             before = ()
             for k in tl.static_range(K - 1):
                 row = first_row - 1 - k
-                value = _value(bcx_ptr, row, bcx_stride, D, channels, read & (row >= 0))
+                value = gated_input(bcx_ptr, row, bcx_stride, D, channels, read & (row >= 0))
                 before = before + (value,)
             for t in tl.static_range(ROWS):
                 row = first_row + t
                 kind = tl.load(kinds_ptr + row, mask=row < T, other=_ELSEWHERE)
                 slides = kind == _SLIDE
-                value = _value(bcx_ptr, row, bcx_stride, D, channels, read & (row < T))
-                y = _output(
+                value = gated_input(bcx_ptr, row, bcx_stride, D, channels, read & (row < T))
+                y = gated_output(
                     bcx_ptr,
                     row,
                     bcx_stride,
