@@ -20,6 +20,8 @@ from typing import Any
 
 ARCHITECTURE = "Lfm2MoeForCausalLM"
 VLLM_CLASS = "vllm_model.model:Lfm2MoeForCausalLM"
+VLLM_OPTIONS = "vllm_model.options"
+VLLM_OPTIONS_TABLE = "vllm.model_executor.models.config"
 SGLANG_CLASS = "sglang_model.model:Lfm2MoeForCausalLM"
 SGLANG_ENTRY = "sglang_model.entry"
 SGLANG_ENTRY_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
@@ -64,6 +66,8 @@ def register_vllm() -> None:
     if _where(registry.models.get(ARCHITECTURE)) == VLLM_CLASS:
         return
     _check_front(vllm.__version__)
+    options = importlib.import_module(VLLM_OPTIONS).Lfm2MoeOptions
+    importlib.import_module(VLLM_OPTIONS_TABLE).MODELS_CONFIG_MAP[ARCHITECTURE] = options
     registry.register_model(ARCHITECTURE, VLLM_CLASS)
     _log.info(
         "lfm2-plugin serves %s in place of the built-in model (%s=off brings that one back)",

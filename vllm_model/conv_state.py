@@ -17,6 +17,7 @@ import torch
 
 from lfm2_plugin.arch import Lfm2MoeArch
 from lfm2_plugin.conv_batch import ConvBatch
+from lfm2_plugin.dispatch import is_forced
 
 from .engine_api import (
     CommonAttentionMetadata,
@@ -74,6 +75,8 @@ class ConvStepMetadataBuilder(ShortConvAttentionMetadataBuilder):
     """Builds a step's metadata once for all pages, with the checkpoints that one-step prefills leave behind."""
 
     metadata_cls = ConvStepMetadata
+    # Other block tables would leave the ConvBatch as it is. All pages are of one group, so nothing is built twice.
+    supports_update_block_table = False
 
     def __init__(
         self,
@@ -87,6 +90,9 @@ class ConvStepMetadataBuilder(ShortConvAttentionMetadataBuilder):
         self.needs_causal_conv1d_metadata = not on_cpu()
         self._checkpoints = MambaPrefillCheckpointBuilder(vllm_config, kv_cache_spec)
         self._align = vllm_config.cache_config.mamba_cache_mode == "align"
+        self._always = torch.ones(
+            vllm_config.scheduler_config.max_num_seqs, dtype=torch.bool, device=device
+        )
 
     def build(
         self,
@@ -103,7 +109,13 @@ class ConvStepMetadataBuilder(ShortConvAttentionMetadataBuilder):
             checkpoint = self._checkpoints.build(common_attn_metadata, rows)
         return replace(
             metadata,
-            batch=conv_batch_from(metadata, common_attn_metadata, checkpoint),
+            batch=conv_batch_from(
+                metadata,
+                common_attn_metadata,
+                checkpoint,
+                self._always,
+                max_decode_len=1 + self.num_spec_tokens,
+            ),
         )
 
 
@@ -117,6 +129,13 @@ class ConvStateBackend(ShortConvAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[ConvStepMetadataBuilder]:
         return ConvStepMetadataBuilder
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """vLLM's mode in which a request's numbers don't depend on who else is served. Our operator takes each token's
+        sum in one order, whatever the step; of the engine's kernels nobody has said so.
+        """
+        return on_cpu() or is_forced()
 
 
 class ConvStatePage(MambaBase):

@@ -15,7 +15,6 @@ from vllm import __version__ as vllm_version
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed import (
-    get_ep_group,
     get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -143,6 +142,7 @@ __all__ = [
     "VllmConfig",
     "VocabParallelEmbedding",
     "WeightsMapper",
+    "captures_graphs",
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "conv_batch_from",
@@ -176,6 +176,11 @@ __all__ = [
 def on_cpu() -> bool:
     """Whether this vLLM runs its models on a CPU."""
     return current_platform.is_cpu()
+
+
+def captures_graphs() -> bool:
+    """Whether this vLLM runs its models on a device whose work can be captured in graphs."""
+    return current_platform.support_static_graph_mode()
 
 
 def missing_capabilities() -> list[str]:
@@ -231,7 +236,13 @@ def pipeline_stages(vllm_config: VllmConfig, num_layers: int) -> list[tuple[int,
 def expert_ranks(vllm_config: VllmConfig) -> int:
     """Over how many ranks the experts of a layer are spread; 1 without expert parallelism."""
     parallel = vllm_config.parallel_config
-    return get_ep_group().world_size if parallel.enable_expert_parallel else 1
+    if not parallel.enable_expert_parallel:
+        return 1
+    return (
+        parallel.tensor_parallel_size
+        * parallel.data_parallel_size
+        * parallel.prefill_context_parallel_size
+    )
 
 
 def conv_state_shape(vllm_config: VllmConfig, channels: int, width: int) -> tuple[int, int]:
@@ -282,42 +293,42 @@ def conv_batch_from(
     metadata: ShortConvAttentionMetadata,
     common: CommonAttentionMetadata,
     checkpoint: MambaPrefillCheckpointMetadata | None,
+    always: torch.Tensor,
+    max_decode_len: int,
 ) -> ConvBatch:
     """vLLM's metadata of a step as a :class:`ConvBatch`; ``docs/contracts.md`` has the table.
+
+    Of a step that only decodes, every tensor is a view of what vLLM's runner, its builder or ours keep from step to
+    step, so that a CUDA graph which captured one reads the next one's values.
 
     Args:
         metadata: the conv metadata: who decodes, who prefills, and each one's block. vLLM puts decodes first.
         common: the step's metadata shared by all layers, for the query starts of all sequences.
         checkpoint: where prefills leave a copy of their state on the way, if anywhere.
+        always: True for each of at least as many sequences as decode; never changed.
+        max_decode_len: the most tokens that a decode may have.
     """
     num_decodes, num_prefills = metadata.num_decodes, metadata.num_prefills
-    device = common.query_start_loc.device
-    slots = [torch.empty(0, dtype=torch.int32, device=device)]
-    has_state = [torch.empty(0, dtype=torch.bool, device=device)]
-    if num_decodes:
+    slots, has_state = [], []
+    if num_decodes or not num_prefills:
         # Column 0 is the running block. The columns after it are for states that can't be cut to a shorter history;
         # ours can, by its offset.
-        decode_slots = metadata.state_indices_tensor_d[:num_decodes]
-        slots.append(decode_slots[:, 0] if decode_slots.dim() > 1 else decode_slots)
-        has_state.append(torch.ones(num_decodes, dtype=torch.bool, device=device))
+        slots.append(metadata.state_indices_tensor_d[:num_decodes, 0])
+        has_state.append(always[:num_decodes])
     if num_prefills:
         slots.append(metadata.state_indices_tensor_p)
         has_state.append(metadata.has_initial_states_p)
-
-    accepted, max_decode_len = metadata.num_accepted_tokens, 1
-    if accepted is not None and num_decodes:
-        accepted = accepted[:num_decodes]
-        max_decode_len = int(common.query_start_loc_cpu[: num_decodes + 1].diff().max())
+    accepted = metadata.num_accepted_tokens if num_decodes else None
     return ConvBatch(
-        slots=torch.cat(slots),
+        slots=slots[0] if len(slots) == 1 else torch.cat(slots),
         query_start=common.query_start_loc[: num_decodes + num_prefills + 1],
-        has_initial_state=torch.cat(has_state),
+        has_initial_state=has_state[0] if len(has_state) == 1 else torch.cat(has_state),
         num_decodes=num_decodes,
         num_decode_tokens=metadata.num_decode_tokens,
         num_prefills=num_prefills,
         num_prefill_tokens=metadata.num_prefill_tokens,
-        max_decode_len=max_decode_len,
-        num_accepted=accepted if num_decodes else None,
+        max_decode_len=1 if accepted is None else max_decode_len,
+        num_accepted=None if accepted is None else accepted[:num_decodes],
         checkpoint_offsets=None if checkpoint is None else checkpoint.checkpoint_offsets,
         checkpoint_slots=None if checkpoint is None else checkpoint.state_indices,
         null_slot=NULL_BLOCK_ID,

@@ -1,8 +1,8 @@
 """The short convolution layer: in_proj -> gated causal convolution over the sequence -> out_proj.
 
 Both projections are vLLM's own linear layers (quantised, sharded and adapted by LoRA like any other) and lie outside
-the opaque operator, so they are compiled with what surrounds them. The operator between them is ours on a CPU;
-elsewhere, until the Triton kernel is there, it is composed of the engine's convolution kernels.
+the opaque operator, so they are compiled with what surrounds them. The operator between them is ours on a CPU, and on a
+GPU where ``LFM2_PLUGIN_OPS`` names one; else, until a GPU has run our kernel, it is composed of the engine's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import nn
 
 from lfm2_plugin.arch import Lfm2MoeArch
 from lfm2_plugin.depthwise_kernel import DepthwiseKernel
+from lfm2_plugin.dispatch import is_forced
 from lfm2_plugin.ops.short_conv import short_conv
 
 from .conv_state import ConvStatePage, ConvStepMetadata
@@ -94,7 +95,7 @@ class Lfm2ShortConv(nn.Module):
         return metadata, page.state(self.page_index)
 
     def forward_native(self, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
-        """The operator on a CPU: reads B, C, x (T, 3D) from ``hidden_states``, writes all of ``output`` (T, D)."""
+        """The operator of our own: reads B, C, x (T, 3D) from ``hidden_states``, writes all of ``output`` (T, D)."""
         step = self._step()
         if step is None:
             output.zero_()
@@ -105,7 +106,10 @@ class Lfm2ShortConv(nn.Module):
         )
 
     def forward_cuda(self, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
-        """The operator on a GPU, of the engine's kernels: ``output`` is fully written, padding rows with zeros."""
+        """The operator on a GPU; ``output`` is fully written, padding rows with zeros."""
+        if is_forced():
+            self.forward_native(hidden_states, output)
+            return
         step = self._step()
         if step is None:
             output.zero_()

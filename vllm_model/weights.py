@@ -47,7 +47,9 @@ def check_files(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
     if vllm_config.load_config.load_format not in LOCAL_FORMATS or not folder.is_dir():
         return
     if any(folder.glob("*.safetensors")):
-        check_checkpoint(arch, folder, quantised=vllm_config.quant_config is not None)
+        # vLLM makes the second out of the first, after it has settled its options.
+        quantised = vllm_config.model_config.quantization or vllm_config.quant_config
+        check_checkpoint(arch, folder, quantised=quantised is not None)
 
 
 def load_weights(

@@ -4,6 +4,7 @@ Each case runs in a process of its own, with a folder of small fake modules in f
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,8 @@ from lfm2_plugin.register import register_vllm
 register_vllm(); register_vllm()
 import vllm
 print("CALLS", vllm.ModelRegistry.calls)
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP as options
+print("OPTIONS", {arch: entry.__module__ for arch, entry in options.items()})
 for arch, entry in vllm.ModelRegistry.models.items():
     print("SERVES", arch, entry.module_name + ":" + entry.class_name)
 """
@@ -41,7 +44,12 @@ for arch, entry in vllm.ModelRegistry.models.items():
 
 def fakes(folder: Path, *, version: str = "0.32.0", front: str = FRONT, model: bool = True) -> Path:
     """A folder with a fake ``vllm`` and a fake ``vllm_model``."""
-    files = {"vllm/__init__.py": VLLM.format(version=version), "vllm_model/__init__.py": front}
+    files = {
+        "vllm/__init__.py": VLLM.format(version=version),
+        "vllm/model_executor/models/config.py": "MODELS_CONFIG_MAP = {'Other': object}\n",
+        "vllm_model/__init__.py": front,
+        "vllm_model/options.py": "class Lfm2MoeOptions: pass\n",
+    }
     if model:
         files["vllm_model/model.py"] = (
             "raise RuntimeError('registration must not import the model')\n"
@@ -73,6 +81,9 @@ def test_overrides_once_and_touches_nothing_else(tmp_path: Path):
     assert "CALLS 1" in done.stdout
     assert "SERVES Lfm2MoeForCausalLM vllm_model.model:Lfm2MoeForCausalLM" in done.stdout
     assert "SERVES Other vllm.other:Other" in done.stdout
+    assert (
+        "OPTIONS {'Other': 'builtins', 'Lfm2MoeForCausalLM': 'vllm_model.options'}" in done.stdout
+    )
     logged = [line for line in done.stdout.splitlines() if line.startswith(("INFO", "WARNING"))]
     assert len(logged) == 1
     assert logged[0].startswith("INFO vllm.plugins.lfm2 lfm2-plugin serves Lfm2MoeForCausalLM")
@@ -83,6 +94,7 @@ def test_off_leaves_the_builtin_and_says_so(tmp_path: Path, value: str):
     done = call(fakes(tmp_path), LFM2_PLUGIN=value)
     assert done.returncode == 0, done.stderr
     assert "CALLS 0" in done.stdout
+    assert "OPTIONS {'Other': 'builtins'}" in done.stdout
     assert "SERVES Lfm2MoeForCausalLM vllm.model_executor.models.lfm2_moe" in done.stdout
     assert "INFO vllm.plugins.lfm2 LFM2_PLUGIN=off" in done.stdout
 
@@ -97,8 +109,7 @@ def test_a_switch_that_is_neither_on_nor_off(monkeypatch: pytest.MonkeyPatch):
 
 def test_vllm_absent(tmp_path: Path):
     folder = fakes(tmp_path)
-    (folder / "vllm" / "__init__.py").unlink()
-    (folder / "vllm").rmdir()
+    shutil.rmtree(folder / "vllm")
     done = call(folder)
     assert done.returncode == 1
     assert "PluginError: vLLM is not installed in this Python: pip install" in done.stderr

@@ -13,11 +13,13 @@ import torch
 
 from vllm_model import engine_api
 
+ALWAYS = torch.ones(8, dtype=torch.bool)
+
 
 def common(*lengths: int) -> SimpleNamespace:
-    """The two fields that conv_batch_from reads of the metadata shared by all layers."""
+    """What conv_batch_from reads of the metadata shared by all layers."""
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    return SimpleNamespace(query_start_loc=starts, query_start_loc_cpu=starts)
+    return SimpleNamespace(query_start_loc=starts)
 
 
 def metadata(decode_blocks, prefill_blocks, tokens, **others):
@@ -28,12 +30,10 @@ def metadata(decode_blocks, prefill_blocks, tokens, **others):
         "num_prefills": len(prefill_blocks),
         "num_prefill_tokens": tokens[1],
         "num_reqs": len(decode_blocks) + len(prefill_blocks),
-        "state_indices_tensor_d": torch.tensor(decode_blocks, dtype=torch.int32)
-        if decode_blocks
-        else None,
-        "state_indices_tensor_p": torch.tensor(prefill_blocks, dtype=torch.int32)
-        if prefill_blocks
-        else None,
+        "state_indices_tensor_d": torch.tensor(decode_blocks, dtype=torch.int32).view(
+            len(decode_blocks), -1 if decode_blocks else 1
+        ),
+        "state_indices_tensor_p": torch.tensor(prefill_blocks, dtype=torch.int32),
         "has_initial_states_p": None,
         "query_start_loc_p": None,
         "query_start_loc_d": None,
@@ -66,6 +66,8 @@ def test_a_mixed_step():
         metadata([[3], [5]], [7, 9], (2, 6), has_initial_states_p=has_state),
         common(1, 1, 4, 2),
         None,
+        ALWAYS,
+        max_decode_len=1,
     )
     assert batch.slots.tolist() == [3, 5, 7, 9]
     assert batch.query_start.tolist() == [0, 1, 2, 6, 8]
@@ -81,10 +83,29 @@ def test_drafts_take_the_running_block_and_the_accepted_counts_of_the_decodes():
         ),
         common(3, 2),
         None,
+        ALWAYS,
+        max_decode_len=3,
     )
     assert batch.slots.tolist() == [3, 5]
     assert batch.num_accepted.tolist() == [2, 3]
     assert batch.max_decode_len == 3
+
+
+def test_a_captured_decode_reads_only_what_stays_where_it_is():
+    """Each tensor of the step is a view of one that the next step's values are written to."""
+    kept = metadata([[3, 11], [5, 13], [0, 0]], [], (3, 0), num_accepted_tokens=torch.ones(4).int())
+    shared = common(1, 1, 0)
+    batch = engine_api.conv_batch_from(kept, shared, None, ALWAYS, max_decode_len=2)
+    for mine, theirs in (
+        (batch.slots, kept.state_indices_tensor_d),
+        (batch.query_start, shared.query_start_loc),
+        (batch.num_accepted, kept.num_accepted_tokens),
+        (batch.has_initial_state, ALWAYS),
+    ):
+        assert mine.untyped_storage().data_ptr() == theirs.untyped_storage().data_ptr()
+    kept.state_indices_tensor_d[:, 0] = torch.tensor([8, 9, 1])
+    assert batch.slots.tolist() == [8, 9, 1]
+    assert ALWAYS.all()
 
 
 def test_prefills_alone_carry_no_accepted_counts_and_keep_their_checkpoints():
@@ -98,14 +119,14 @@ def test_prefills_alone_carry_no_accepted_counts_and_keep_their_checkpoints():
         has_initial_states_p=torch.tensor([True, False]),
         num_accepted_tokens=torch.tensor([1, 1]),
     )
-    batch = engine_api.conv_batch_from(given, common(20, 10), checkpoint)
+    batch = engine_api.conv_batch_from(given, common(20, 10), checkpoint, ALWAYS, 1)
     assert batch.num_accepted is None
     assert batch.checkpoint_offsets.tolist() == [16, 0]
     assert batch.checkpoint_slots.tolist() == [4, 0]
 
 
 def test_an_empty_step():
-    batch = engine_api.conv_batch_from(metadata([], [], (0, 0)), common(), None)
+    batch = engine_api.conv_batch_from(metadata([], [], (0, 0)), common(), None, ALWAYS, 1)
     assert batch.slots.shape == (0,)
     assert batch.query_start.tolist() == [0]
 
