@@ -77,6 +77,77 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
+RIVALS: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "dtype": "bfloat16",
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": False,
+        "vocab_size": 151936,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+    },
+    "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "dtype": "bfloat16",
+        "hidden_size": 2880,
+        "num_hidden_layers": 24,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "sliding_window": 128,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "attention_bias": True,
+        "intermediate_size": 2880,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "hidden_act": "silu",
+        "swiglu_limit": 7.0,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150_000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+        "vocab_size": 201088,
+        "eos_token_id": 200002,
+        "pad_token_id": 199999,
+        "quantization_config": {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+        },
+    },
+}
+"""The models that LFM2-24B-A2B was released beside, by their published configs; engines serve them built-in."""
+
 DEMO = Path(__file__).resolve().parents[1] / "lfm2_plugin" / "demo"
 
 
@@ -87,16 +158,17 @@ def config_of(name: str) -> dict[str, Any]:
         ValueError: there is no model of that name.
 
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(sorted(MODELS))}, demo")
-    return MODELS[name]
+    named = MODELS | RIVALS
+    if name not in named:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(sorted(named))}, demo")
+    return named[name]
 
 
 def model_folder(name: str, cache: Path) -> tuple[Path, bool]:
     """A folder that an engine can open, and whether it holds real weights.
 
     Args:
-        name: a key of :data:`MODELS`, ``demo``, or the path of a checkpoint.
+        name: a key of :data:`MODELS` or :data:`RIVALS`, ``demo``, or the path of a checkpoint.
         cache: where the folders without weights are written.
 
     Raises:
@@ -109,7 +181,7 @@ def model_folder(name: str, cache: Path) -> tuple[Path, bool]:
             raise ValueError(f"no demo checkpoint under {DEMO}: train it first (examples/)")
         return found[0].parent, True
     path = Path(name)
-    if name not in MODELS and (path / "config.json").is_file():
+    if name not in MODELS | RIVALS and (path / "config.json").is_file():
         return path, any(path.glob("*.safetensors"))
     folder = cache / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ class Runner:
         if workload.kind == "decode":
             return self._decode_steps() if self.engine.stepping else self._decode_whole(number)
         requests = workload.requests(number, self.engine.vocab_size)
-        if workload.kind == "mixed":
+        if workload.kind in ("mixed", "uniform"):
             start, events = self._run(requests)
             return mixed_sample(requests, start, events)
         samples = []

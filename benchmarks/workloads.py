@@ -1,7 +1,7 @@
 """What is measured: prompts, batch sizes and lengths, whatever the engine.
 
-A workload is measured in *turns*. One turn of a prefill or a mixed workload runs its requests to
-the end. A decode workload is prepared once (its prompts are prefilled, which is not timed) and each
+A workload is measured in *turns*. One turn of a prefill, a mixed or a uniform workload runs its
+requests to the end. A decode workload is prepared once (its prompts are prefilled, which is not timed) and each
 turn then times a number of further decode steps of the same sequences, so that a long context is
 paid for once and not once a turn; engines that run on by themselves between turns (their scheduler
 lives in another process) prefill anew each turn instead.
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
-Kind = Literal["prefill", "decode", "mixed"]
+Kind = Literal["prefill", "decode", "mixed", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Workload:
     Attributes:
         name: what it is called in tables.
         kind: which phase is timed; see the module's text.
-        batch: sequences (mixed: requests in all).
+        batch: sequences (mixed, uniform: requests in all).
         context: tokens of each prompt (mixed: the longest).
-        steps: timed decode steps a turn (mixed: the longest answer; prefill: prompts one after
+        steps: timed decode steps a turn (mixed: the longest answer; uniform: each answer; prefill: prompts one after
             another).
     """
 
@@ -63,6 +63,8 @@ class Workload:
             return [Request(prompt(self.context), 1) for _ in range(self.steps)]
         if self.kind == "decode":
             return [Request(prompt(self.context), self.steps + room) for _ in range(self.batch)]
+        if self.kind == "uniform":
+            return [Request(prompt(self.context), self.steps) for _ in range(self.batch)]
         # Lengths between an eighth and the whole, evenly in the logarithm, as traffic has it.
         return [
             Request(
@@ -90,7 +92,7 @@ class Sample:
     Attributes:
         seconds: wall time of the timed part.
         tokens: tokens worked through in that time: prompt tokens (prefill), generated ones
-            (decode), both (mixed).
+            (decode), both (mixed, uniform).
         steps: wall time of each engine step, where the engine is stepped by hand.
         cpu_seconds: CPU time of the worker's process over the turn, all threads; 0 where it was not taken.
     """
@@ -164,7 +166,18 @@ _STANDARD = [
 ]
 _FULL = [*_STANDARD, _decode(32, 2048), Workload("mixed 64", "mixed", 64, 1024, 128)]
 
-SETS: dict[str, list[Workload]] = {"quick": _QUICK, "standard": _STANDARD, "full": _FULL}
+# As the release's own comparison has them: 1,024 tokens in and 512 out, so many requests at once.
+_SERVING = [
+    _decode(1, 1024, 128),
+    *[Workload(f"{n} at once", "uniform", n, 1024, 512) for n in (64, 256, 1024)],
+]
+
+SETS: dict[str, list[Workload]] = {
+    "quick": _QUICK,
+    "standard": _STANDARD,
+    "full": _FULL,
+    "serving": _SERVING,
+}
 
 
 def select(set_name: str, only: Sequence[str] = ()) -> list[Workload]:
