@@ -5,9 +5,11 @@ A suite's conftest imports them; ``engine_env`` and ``engine_jobs`` are the suit
 
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import engine_env
+import interpreted
 import pytest
 from checkpoints import checkpoint
 from engines import CACHE, EngineServer, Outcome
@@ -15,16 +17,30 @@ from engines import CACHE, EngineServer, Outcome
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    suite = Path(engine_env.__file__).parent
-    server = EngineServer(tmp_path_factory.mktemp("engines"), suite, engine_env.ENV)
-    yield server  # the first job starts it
-    server.stop()
+    yield from started(tmp_path_factory, engine_env.ENV)
 
 
 @pytest.fixture(scope="session")
 def run(server):
     """Starts one engine, runs steps, returns the value: run("alpha", {"dtype": ...}, steps)."""
+    return runner(server)
 
+
+@pytest.fixture(scope="module")
+def interpreting_run(tmp_path_factory):
+    """As ``run``, of engines whose process has had Triton's interpreter since it imported Triton."""
+    for server in started(tmp_path_factory, {**engine_env.ENV, **interpreted.ENV}):
+        yield runner(server)
+
+
+def started(tmp_path_factory, env: dict[str, str]) -> Iterator[EngineServer]:
+    suite = Path(engine_env.__file__).parent
+    server = EngineServer(tmp_path_factory.mktemp("engines"), suite, env)
+    yield server  # the first job starts it
+    server.stop()
+
+
+def runner(server: EngineServer) -> Callable[..., dict]:
     def start(model: str | Path, engine: dict, steps: list[dict], **options) -> dict:
         return outcome(model, engine, steps, **options).get()
 

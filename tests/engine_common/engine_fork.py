@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 
 TIMED_OUT = 124
 
@@ -75,6 +76,9 @@ def main() -> None:
     os.dup2(2, 1)  # nothing that an engine prints may reach the protocol
     sys.path.insert(0, sys.argv[1])
     warm = importlib.import_module("warm")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.path.append(str(Path(__file__).parents[1]))
+        importlib.import_module("interpreter_mends").mend()
     print(json.dumps({"ready": warm.VERSION}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)

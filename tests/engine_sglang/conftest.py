@@ -7,4 +7,4 @@ from sglang_model.cpu_torch import let_torchvision_import
 
 let_torchvision_import()  # transformers imports it where it is installed, and here it is for SGLang
 sys.path.append(str(Path(__file__).resolve().parents[1] / "engine_common"))
-from engine_fixtures import run, server  # noqa: E402, F401
+from engine_fixtures import interpreting_run, run, server  # noqa: E402, F401

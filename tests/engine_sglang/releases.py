@@ -12,3 +12,7 @@ needs_snapshots = pytest.mark.skipif(
 needs_newest = pytest.mark.skipif(
     sglang_version != SUPPORTED[1], reason=f"the arithmetic is that of SGLang {SUPPORTED[1]}"
 )
+needs_rust_templates = pytest.mark.skipif(
+    sglang_version != SUPPORTED[1],
+    reason="the Rust server of SGLang 0.5.22 says that the demo model has no usable chat template",
+)

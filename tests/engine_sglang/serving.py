@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine_env import ENV
+from sglang.srt.entrypoints.openai.protocol import Tool
 
 from lfm2_plugin.cli.server import free_port, serving
 from lfm2_plugin.demo.tasks import Question
@@ -33,7 +34,7 @@ def served(
 
 
 def rendered(question: Question) -> Question:
-    """SGLang adds a key to every tool on its way into the prompt, which the demo model has never seen."""
+    """SGLang adds keys to every tool on its way into the prompt, each release others; the demo model never saw them."""
     if question.tools is None:
         return question
-    return replace(question, tools=[{**tool, "defer_loading": None} for tool in question.tools])
+    return replace(question, tools=[Tool(**tool).model_dump() for tool in question.tools])

@@ -11,6 +11,7 @@ from checkpoints import DEMO
 from demo_reference import LONGEST_ANSWER, answers, held_out, prompt_ids, score
 from openai_http import ask
 from references import assert_same, cases
+from releases import needs_rust_templates
 from serving import rendered, served
 
 pytestmark = pytest.mark.engine
@@ -106,6 +107,7 @@ def test_native_tokens(server):
     assert_same([{"tokens": out["output_ids"]} for out in outs], asked)
 
 
+@needs_rust_templates
 def test_rust_server(tmp_path):
     """SGLang's server in Rust: no Python between the socket and the scheduler. It has no parser for LFM2's
     tool calls."""

@@ -4,4 +4,4 @@ import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "engine_common"))
-from engine_fixtures import run, server  # noqa: F401
+from engine_fixtures import interpreting_run, run, server  # noqa: F401

@@ -1,7 +1,7 @@
 """vLLM's real steps through the kernels for GPUs, in Triton's interpreter: the reference's tokens."""
 
 import pytest
-from interpreted import ENV, TOKENS, asked, assert_same_beginnings
+from interpreted import TOKENS, asked, assert_same_beginnings
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -18,13 +18,13 @@ MODES = {
 
 
 @pytest.mark.parametrize("engine", MODES.values(), ids=MODES)
-def test_tokens(run, engine):
+def test_tokens(interpreting_run, engine):
     prompts = asked("beta")
     step = {"prompts": [c.prompt for c in prompts], "params": {"max_tokens": TOKENS}}
-    probe = {"op": "probe", "name": "kernels_in_use", "module": "interpreted"}
+    probe = {"op": "probe", "name": "kernels_in_use", "module": "kernel_probes"}
     steps = [step, step, probe]
     options = {"dtype": "float32", "max_num_seqs": 4, **engine}
-    first, second, kernels = run("beta", options, steps, env=ENV)["steps"]
+    first, second, kernels = interpreting_run("beta", options, steps)["steps"]
     assert_same_beginnings(first, prompts)
     assert_same_beginnings(second, prompts)
     assert kernels == ["router", "short_conv"]

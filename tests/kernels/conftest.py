@@ -8,6 +8,10 @@ if DEVICE == "cpu":
 
 import interpreter  # noqa: E402
 import pytest  # noqa: E402
+from interpreter_mends import mend  # noqa: E402
+
+if DEVICE == "cpu":
+    mend()
 
 
 @pytest.fixture(scope="session")
@@ -19,16 +23,6 @@ def device() -> str:
 def interpreted() -> None:
     if DEVICE != "cpu":
         pytest.skip("asks the interpreter what a GPU doesn't tell")
-
-
-@pytest.fixture(autouse=True)
-def right_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter cuts float32 off to bfloat16, where every GPU rounds to nearest even."""
-    monkeypatch.setattr(
-        interpreter.MODULE,
-        "_convert_float",
-        interpreter.rounding(interpreter.MODULE._convert_float),
-    )
 
 
 @pytest.fixture

@@ -9,20 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from triton.runtime import interpreter as MODULE
-
-
-def rounding(convert: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """The interpreter's conversion of floats, with float32 to bfloat16 rounded to nearest even."""
-
-    def converted(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(data, source, target, mode)
-        values = torch.from_numpy(np.ascontiguousarray(data).view(np.float32))
-        return values.bfloat16().view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
-
-    return converted
 
 
 def in_order(monkeypatch: pytest.MonkeyPatch, order: Callable[[int], list[int]]) -> None:

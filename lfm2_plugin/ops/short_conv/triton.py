@@ -158,7 +158,7 @@ def _short_conv(
         length = tl.load(query_start_ptr + sequence + 1) - start
         if (slot != null_slot) & (length > 0):
             is_decode = sequence < num_decodes
-            has_state = tl.load(has_state_ptr + sequence) != 0
+            has_state = tl.load(has_state_ptr + sequence).to(tl.int32) != 0
             first = 0
             if HAS_ACCEPTED:
                 first = tl.load(accepted_ptr + sequence, mask=is_decode, other=1) - 1
@@ -191,8 +191,8 @@ def _short_conv(
 
             if HAS_CHECKPOINTS:
                 prefill = tl.maximum(sequence - num_decodes, 0)
-                offset = tl.load(checkpoint_offsets_ptr + prefill, mask=not is_decode, other=0)
-                copy = tl.load(checkpoint_slots_ptr + prefill, mask=not is_decode, other=null_slot)
+                offset = tl.load(checkpoint_offsets_ptr + prefill, mask=is_decode == 0, other=0)
+                copy = tl.load(checkpoint_slots_ptr + prefill, mask=is_decode == 0, other=null_slot)
                 kept = (offset > 0) & (copy != null_slot)
                 target = state_ptrs + copy.to(tl.int64) * state_stride_slot
                 for k in tl.static_range(K - 1):
@@ -214,7 +214,7 @@ def _short_conv(
             for k in tl.static_range(K - 1):
                 # Of a decode, the history without its oldest value; what follows it is there already.
                 end = tl.where(is_decode, 1, length)
-                absent = mask & ((k > 0) | (not is_decode))
+                absent = mask & ((k > 0) | (is_decode == 0))
                 value = _state_value(
                     k + 1, end, history, bcx_ptr, start, bcx_stride, D, channels, absent, K
                 )

@@ -70,7 +70,7 @@ def _short_conv_drafts(
         is_draft = place >= K - 1
         source = sequence * q + place - (K - 1)
         drafted = gated_input(bcx_ptr, source, bcx_stride, D, channels, mask & is_draft)
-        known = mask & (not is_draft) & (slot >= 0)
+        known = mask & (is_draft == 0) & (slot >= 0)
         old = tl.load(cell + place * state_stride_column, mask=known, other=0.0)
         before = before + (tl.where(is_draft, drafted, old.to(value.dtype)),)
     bias = tl.zeros([BLOCK], tl.float32)
