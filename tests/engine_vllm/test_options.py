@@ -3,55 +3,52 @@
 import pytest
 from broken import BROKEN, unsaid
 from checkpoints import checkpoint
-from vllm.engine.arg_utils import EngineArgs
-
-from vllm_model import options
 
 pytestmark = pytest.mark.engine
 
+# What the user says, and the largest capture.
+CAPTURES = [
+    ({"max_num_seqs": 64}, None),
+    ({"max_num_seqs": 512}, None),
+    ({"max_num_seqs": 600}, 608),
+    ({"max_num_seqs": 4096}, 1024),
+    ({"max_num_seqs": 1024, "max_cudagraph_capture_size": 256}, 256),
+    ({"max_num_seqs": 1024, "cudagraph_capture_sizes": [1, 8]}, None),
+]
 
-def settled(folder=None, **given):
-    """vLLM's options, as every command and class of it settles them."""
-    folder = folder or checkpoint("small")
-    return EngineArgs(
-        model=str(folder), skip_tokenizer_init=True, max_model_len=256, **given
-    ).create_engine_config()
+
+@pytest.fixture
+def job(server):
+    """Runs a function of ``options_jobs`` in a child of the process that has vLLM imported."""
+
+    def ask(name: str, model=None, **arguments):
+        folder = str(model or checkpoint("small"))
+        return server.run(f"options_jobs:{name}", model=folder, **arguments).get()
+
+    return ask
 
 
-def test_a_broken_checkpoint_is_refused_before_any_process_starts(tmp_path):
+def test_a_broken_checkpoint_is_refused_before_any_process_starts(job, tmp_path):
     make, words = BROKEN["missing tensors"]
-    with pytest.raises(ValueError) as refusal:
-        settled(make(tmp_path / "model"))
-    assert unsaid(words, str(refusal.value)) == []
+    said = job("refusal", make(tmp_path / "model"), given={})
+    assert unsaid(words, said["error"]) == []
+    assert said["processes"] == 0
 
 
-def test_so_are_options_that_do_not_fit():
-    with pytest.raises(ValueError, match="Start one server for each replica"):
-        settled(data_parallel_size=2)
+def test_so_are_options_that_do_not_fit(job):
+    said = job("refusal", given={"data_parallel_size": 2})
+    assert "Start one server for each replica" in said["error"]
+    assert said["processes"] == 0
 
 
-@pytest.mark.parametrize(
-    ("requests", "said", "largest"),
-    [(64, None, None), (512, None, None), (600, None, 608), (4096, None, 1024), (1024, 256, 256)],
-)
-def test_wide_decodes_are_captured_on_a_gpu(monkeypatch, requests, said, largest):
-    config = settled(max_num_seqs=requests, max_num_batched_tokens=8192)
-    # On this CPU vLLM has settled on no graphs; here is what it hands over on a GPU.
-    config.compilation_config.max_cudagraph_capture_size = said
-    config.compilation_config.cudagraph_capture_sizes = None
-    monkeypatch.setattr("vllm_model.engine_api.captures_graphs", lambda: True)
-    options.capture_wide_decodes(config)
-    assert config.compilation_config.max_cudagraph_capture_size == largest
+def test_what_fits_is_not_refused(job):
+    assert job("refusal", given={"max_num_seqs": 8})["error"] is None
 
 
-def test_sizes_that_the_user_lists_stay(monkeypatch):
-    config = settled(max_num_seqs=1024)
-    config.compilation_config.max_cudagraph_capture_size = None
-    config.compilation_config.cudagraph_capture_sizes = [1, 8]
-    monkeypatch.setattr("vllm_model.engine_api.captures_graphs", lambda: True)
-    options.capture_wide_decodes(config)
-    assert config.compilation_config.max_cudagraph_capture_size is None
+def test_wide_decodes_are_captured_on_a_gpu_unless_the_user_says_what_is(job):
+    found = job("captures", cases=[case for case, _ in CAPTURES])
+    assert found == [largest for _, largest in CAPTURES]
 
 
-def test_without_a_gpu_nothing_is_captured():
-    assert not settled(max_num_seqs=1024).compilation_config.max_cudagraph_capture_size
+def test_without_a_gpu_nothing_is_captured(job):
+    assert not job("captures_on_this_machine")
