@@ -111,8 +111,13 @@ def broken_front(folder: Path, **files: str) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("file", ["__init__", "defaults", "model", "conv_state"])
-@pytest.mark.parametrize("users", [False, True], ids=["alone", "beside a user's package"])
+@pytest.mark.parametrize(
+    ("file", "users"),
+    [
+        *[(file, False) for file in ("__init__", "defaults", "model", "conv_state")],
+        *[(file, True) for file in ("defaults", "model")],  # beside a package of the user's
+    ],
+)
 def test_a_broken_front_is_not_replaced_by_the_builtin(
     server, tmp_path, users_package, file, users
 ):

