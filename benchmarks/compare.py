@@ -274,22 +274,35 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 json.dumps(facts | {"profiles": profiles}, indent=1) + "\n"
             )
         return
-    starts, classes = [], {}
+    starts: list[list[Pairs]] = []
     for start in range(plan.starts):
         found, classes = compare(plan, logs, console, start)
         starts.append(found)
         ratios = (f"{r.workload} {r.ratio:.2f}" for r in map(report.row, found))
-        console.print(f"start {start + 1} of {plan.starts}: " + ", ".join(ratios))
-    rows = [report.row(*pairs) for pairs in zip(*starts, strict=True)]
+        console.print(f"start {start + 1} of {plan.starts}: " + ", ".join(ratios), soft_wrap=True)
+        rows = [report.row(*pairs) for pairs in zip(*starts, strict=True)]
+        if not options.no_files:  # after each start, so that a run which is cut off is not lost
+            write(name, options, rows, starts, facts | {"classes": classes}, plan)
     console.print(report.markdown(rows, plan.labels), markup=False, soft_wrap=True)
     if not options.no_files:
-        RESULTS.mkdir(exist_ok=True)
-        report.write_csv(RESULTS / f"{name}.csv", rows)
-        report.write_json(RESULTS / f"{name}.json", rows, starts, facts | {"classes": classes})
-        version = facts["packages"].get(options.engine, "")
-        title = f"{options.engine} {version}, {options.model}, {facts['cpu']['cpus']} CPUs"
-        report.plot(RESULTS / f"{name}.png", rows, plan.labels, title)
         console.print(f"written: {RESULTS / name}.csv, .json, .png")
+
+
+def write(
+    name: str,
+    options: argparse.Namespace,
+    rows: list[report.Row],
+    starts: list[list[Pairs]],
+    facts: dict[str, Any],
+    plan: Plan,
+) -> None:
+    """The result files of the starts so far."""
+    RESULTS.mkdir(exist_ok=True)
+    report.write_csv(RESULTS / f"{name}.csv", rows)
+    report.write_json(RESULTS / f"{name}.json", rows, starts, facts)
+    version = facts["packages"].get(options.engine, "")
+    title = f"{options.engine} {version}, {options.model}, {facts['cpu']['cpus']} CPUs"
+    report.plot(RESULTS / f"{name}.png", rows, plan.labels, title)
 
 
 def main(argv: list[str] | None = None) -> int:

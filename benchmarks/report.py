@@ -110,6 +110,8 @@ def write_json(
             {
                 "start": start,
                 "workload": asdict(p.workload),
+                "idle": p.idle,
+                "others": p.others,
                 "a": list(map(asdict, p.a)),
                 "b": list(map(asdict, p.b)),
             }
