@@ -12,7 +12,7 @@ CACHE = {"dtype": "float32", "enable_prefix_caching": True}
 
 
 @pytest.mark.parametrize("block", [32, 128])
-@pytest.mark.parametrize("model", ["alpha", "beta"])
+@pytest.mark.parametrize("model", ["alpha", pytest.param("beta", marks=pytest.mark.slow)])
 def test_turns_and_shared_beginnings(run, model, block):
     """In one engine: five turns of twelve conversations, then a shared system prompt, alone and
     together, then the 200 prompts twice, when the second time finds the first's blocks."""

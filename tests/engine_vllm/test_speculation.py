@@ -6,6 +6,10 @@ from references import assert_bf16, assert_same, cases
 pytestmark = pytest.mark.engine
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def ngram(count: int) -> dict:
     return {
         "method": "ngram",
@@ -35,8 +39,9 @@ def assert_drafts_were_used(metrics: dict[str, float], share: float = 0.0) -> No
 @pytest.mark.parametrize(
     ("model", "count", "share"),
     [
-        *[("demo", count, 0.1) for count in (1, 2, 3, 5, 8)],  # copies much of its prompts
-        *[("alpha", 3, 0), ("beta", 4, 0), ("beta", 7, 0)],  # random: nearly all is rejected
+        ("demo", 3, 0.1),  # copies much of its prompts
+        *[slow("demo", count, 0.1) for count in (1, 2, 5, 8)],
+        *[("alpha", 3, 0), ("beta", 4, 0), slow("beta", 7, 0)],  # random: nearly all is rejected
     ],
 )
 def test_tokens_are_those_of_the_model(run, model, count, share):
@@ -63,6 +68,7 @@ def test_with_chunked_prefill_and_few_blocks(run):
     assert result["metrics"]["vllm:num_preemptions"] > 0
 
 
+@pytest.mark.slow
 def test_compiled_bfloat16(run):
     engine = engine_with(3, dtype="bfloat16", enforce_eager=False)
     step = {"prompts": [c.prompt for c in cases("demo")], "params": {"logprobs": 0}}

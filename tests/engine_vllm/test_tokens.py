@@ -28,7 +28,7 @@ def test_alone_and_in_mixed_batches(run, model):
     assert together == 64
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["alpha", "beta", pytest.param("demo", marks=pytest.mark.slow)])
 def test_compiled(run, model):
     step = {"prompts": prompts_of(model)}
     result = run(model, {"dtype": "float32", "enforce_eager": False, **NO_CACHE}, [step])
@@ -48,7 +48,10 @@ def test_chunked_prefill(run, model, budget):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("model", ["alpha-calm", "beta-calm", "demo"])
+@pytest.mark.parametrize(
+    "model",
+    ["alpha-calm", *(pytest.param(m, marks=pytest.mark.slow) for m in ("beta-calm", "demo"))],
+)
 def test_bfloat16(run, model, compiled):
     """Decoding, and on forced text (prefill): no further from float32 than twice transformers' bf16."""
     texts = [c.prompt + c.expected.tokens for c in cases(model)]
