@@ -280,12 +280,14 @@ def speculation_needs_triton(vllm_config: VllmConfig) -> bool:
 def pipeline_needs_compilation(vllm_config: VllmConfig) -> bool:
     """Whether a later pipeline stage would have no buffer for what the one before sends.
 
-    vLLM's runner makes it in the dummy run before compiling, which on a CPU without compilation never happens.
+    vLLM's runner makes it in the dummy run before compiling, which on a CPU without compilation never happens. The mode
+    is settled late, so what the user says of it counts too.
     """
+    eager = vllm_config.model_config.enforce_eager
     return (
         on_cpu()
         and vllm_config.parallel_config.pipeline_parallel_size > 1
-        and vllm_config.compilation_config.mode == CompilationMode.NONE
+        and (eager or vllm_config.compilation_config.mode == CompilationMode.NONE)
     )
 
 

@@ -41,6 +41,13 @@ def test_so_are_options_that_do_not_fit(job):
     assert said["processes"] == 0
 
 
+def test_so_are_pipelines_without_compilation(job):
+    given = {"pipeline_parallel_size": 2, "enforce_eager": True}
+    said = job("refusal", checkpoint("staged"), given=given)
+    assert "Leave out --enforce-eager" in said["error"]
+    assert said["processes"] == 0
+
+
 def test_what_fits_is_not_refused(job):
     assert job("refusal", given={"max_num_seqs": 8})["error"] is None
 

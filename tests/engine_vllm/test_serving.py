@@ -13,6 +13,7 @@ from serving import served
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 OPTIONS = ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "64"]
+OPTIONS += ["--enforce-eager"]  # the server of test_examples.py is compiled
 # Under a grammar the demo model would go on with spaces for as long as it may.
 COMPACT_GRAMMAR = {"backend": "xgrammar", "disable_any_whitespace": True}
 COMPACT = ["--structured-outputs-config", json.dumps(COMPACT_GRAMMAR)]
