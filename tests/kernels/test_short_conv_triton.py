@@ -103,8 +103,14 @@ ORDERS = {
 }
 
 
+ORDERED = {"decode-null", "prefill-checkpoint", "mixed-null-padding", "drafts-mixed", "width-4"}
+"""Every kind of sequence. That of all cases no program touches what another writes is the next test's."""
+
+
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-@pytest.mark.parametrize("case", [c for c in CASES + LARGE if c.dim < 1000], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ORDERED] + [c for c in LARGE if c.dim < 1000], ids=str
+)
 def test_the_order_of_programs_does_not_matter(interpreted, monkeypatch, case: Case, order) -> None:
     monkeypatch.setattr(triton, "CHANNELS", 16)
     bcx, weight, bias, state, batch = make_step(case, torch.bfloat16)
