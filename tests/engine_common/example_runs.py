@@ -22,7 +22,15 @@ SWITCHES = ("LFM2_PLUGIN", "VLLM_PLUGINS", "SGLANG_PLUGINS")
 def environment() -> dict[str, str]:
     variables = {k: v for k, v in os.environ.items() if k not in SWITCHES}
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return {**variables, "PATH": path, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_COLOR": "0"}
+    # One thread: another suite may have the other core, and two threads that wait for each other there take ten minutes
+    # for what one does in one.
+    fixed = {
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_COLOR": "0",
+    }
+    return {**variables, "PATH": path, **fixed}
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
