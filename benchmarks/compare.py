@@ -282,7 +282,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
         console.print(f"start {start + 1} of {plan.starts}: " + ", ".join(ratios), soft_wrap=True)
         rows = [report.row(*pairs) for pairs in zip(*starts, strict=True)]
         if not options.no_files:  # after each start, so that a run which is cut off is not lost
-            write(name, options, rows, starts, facts | {"classes": classes}, plan)
+            write(name, plan, rows, starts, facts | {"classes": classes})
     console.print(report.markdown(rows, plan.labels), markup=False, soft_wrap=True)
     if not options.no_files:
         console.print(f"written: {RESULTS / name}.csv, .json, .png")
@@ -290,18 +290,17 @@ def run(options: argparse.Namespace, console: Console) -> None:
 
 def write(
     name: str,
-    options: argparse.Namespace,
+    plan: Plan,
     rows: list[report.Row],
     starts: list[list[Pairs]],
     facts: dict[str, Any],
-    plan: Plan,
 ) -> None:
     """The result files of the starts so far."""
     RESULTS.mkdir(exist_ok=True)
     report.write_csv(RESULTS / f"{name}.csv", rows)
     report.write_json(RESULTS / f"{name}.json", rows, starts, facts)
-    version = facts["packages"].get(options.engine, "")
-    title = f"{options.engine} {version}, {options.model}, {facts['cpu']['cpus']} CPUs"
+    version = facts["packages"].get(plan.engine, "")
+    title = f"{plan.engine} {version}, {facts['model']}, {facts['cpu']['cpus']} CPUs"
     report.plot(RESULTS / f"{name}.png", rows, plan.labels, title)
 
 

@@ -10,8 +10,11 @@ kernels where they have any: no GPU has run ours yet (``docs/gpu-verification.md
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 ENV = "LFM2_PLUGIN_OPS"
 AVAILABLE = ("naive", "native", "triton")
@@ -38,8 +41,29 @@ def implementation(device_type: str, *, triton: bool = False) -> str:
     """
     if device_type not in _chosen:
         _chosen[device_type] = _choose(_wanted(), device_type)
-    chosen = _chosen[device_type]
-    return "native" if chosen == "triton" and not triton else chosen
+    name = _chosen[device_type]
+    return "native" if name == "triton" and not triton else name
+
+
+def chosen(
+    device_type: str,
+    naive: Callable[..., Any],
+    native: Callable[..., Any],
+    triton: str | None = None,
+) -> Callable[..., Any]:
+    """The function of an op that :func:`implementation` comes to.
+
+    Args:
+        device_type: of the op's tensors.
+        naive: the op's naive twin.
+        native: its vectorised one.
+        triton: where its kernel is, ``module:function``; imported when chosen, since not every machine has triton.
+    """
+    name = implementation(device_type, triton=triton is not None)
+    if name == "triton" and triton is not None:
+        module, _, function = triton.partition(":")
+        return getattr(importlib.import_module(module), function)
+    return naive if name == "naive" else native
 
 
 def is_forced() -> bool:

@@ -39,7 +39,8 @@ class ConvStateBackend(ShortConvAttnBackend):
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
         # On a GPU the engine's kernels run, until ours are asked for: none has run them yet.
-        self._ours = torch.device(self.device).type == "cpu" or is_forced()
+        self._on_cpu = torch.device(self.device).type == "cpu"
+        self._ours = self._on_cpu or is_forced()
         self._batch: ConvBatch | None = None
         self._always = torch.ones(0, dtype=torch.bool, device=self.device)
         self._tracked: torch.Tensor | None = None  # rows of this decode step whose state is copied
@@ -57,9 +58,8 @@ class ConvStateBackend(ShortConvAttnBackend):
         super().init_forward_metadata(forward_batch)
         self._batch = self._make_batch(forward_batch)
         self._tracked = None
-        on_cpu = torch.device(self.device).type == "cpu"
         if (
-            on_cpu
+            self._on_cpu
             and forward_batch.forward_mode.is_decode()
             and forward_batch.mamba_track_mask is not None
         ):
@@ -106,7 +106,7 @@ class ConvStateBackend(ShortConvAttnBackend):
             out = self._convolve_by_engine(state, bcx, weight, bias, forward_batch)
         if self._tracked is not None and layer_id == self._last_layer:
             self._track_decodes(forward_batch)
-        if bcx.device.type != "cpu" and forward_batch.forward_mode.is_decode():
+        if not self._on_cpu and forward_batch.forward_mode.is_decode():
             # The engine's own copy of snapshots, one launch for all layers after the last of them.
             slots = self._cache_indices
             self._track_mamba_state_decode(forward_batch, state, cache.temporal, slots, layer_id)

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import torch
 
-from lfm2_plugin.dispatch import implementation
+from lfm2_plugin.dispatch import chosen
 from lfm2_plugin.ops.linear.naive import linear_naive
 from lfm2_plugin.ops.linear.native import PackedWeight, can_pack, linear_native
 
@@ -51,7 +51,7 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
         raise ValueError(
             f"bias must be ({weight.shape[0]},) of {x.dtype}, got {tuple(bias.shape)} of {bias.dtype}"
         )
-    run = linear_naive if implementation(x.device.type) == "naive" else linear_native
+    run = chosen(x.device.type, linear_naive, linear_native)
     return run(x, weight, bias)
 
 

@@ -10,13 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
-from lfm2_plugin.dispatch import implementation
+from lfm2_plugin.dispatch import chosen
 from lfm2_plugin.ops.linear import Weight
 from lfm2_plugin.ops.moe.adapters import ExpertAdapter, Factors
 from lfm2_plugin.ops.moe.naive import moe_naive
 from lfm2_plugin.ops.moe.native import moe_native
-
-_IMPLEMENTATIONS = {"naive": moe_naive, "native": moe_native}
 
 __all__ = ["ExpertAdapter", "Factors", "moe", "moe_naive", "moe_native"]
 
@@ -63,7 +61,8 @@ def moe(
         raise ValueError(
             f"x is {x.dtype}, w13 {w13[0].dtype}, w2 {w2[0].dtype}; they must be alike"
         )
-    return _IMPLEMENTATIONS[implementation(x.device.type)](x, w13, w2, weights, ids, adapters)
+    run = chosen(x.device.type, moe_naive, moe_native)
+    return run(x, w13, w2, weights, ids, adapters)
 
 
 def _shape(weights: torch.Tensor | Sequence[Weight]) -> tuple[int, ...]:

@@ -8,14 +8,13 @@ factor. Padding rows choose nobody: id -1, weight 0, so that they cost no expert
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
-from lfm2_plugin.dispatch import implementation
+from lfm2_plugin.dispatch import chosen
 from lfm2_plugin.ops.router.naive import route_naive
 from lfm2_plugin.ops.router.native import route_native
+
+_KERNEL = "lfm2_plugin.ops.router.triton:route_triton"
 
 __all__ = ["route", "route_naive", "route_native"]
 
@@ -57,15 +56,5 @@ def route(
             f"padding must be ({logits.shape[0]},) for logits {tuple(logits.shape)}, "
             f"got {tuple(padding.shape)}"
         )
-    run = _implementation(logits.device)
+    run = chosen(logits.device.type, route_naive, route_native, _KERNEL)
     return run(logits, expert_bias, top_k, renormalise, scaling, padding)
-
-
-def _implementation(device: torch.device) -> Callable[..., Any]:
-    chosen = implementation(device.type, triton=True)
-    if chosen == "triton":
-        # Not before it is asked for: not every machine has triton.
-        from lfm2_plugin.ops.router.triton import route_triton
-
-        return route_triton
-    return route_naive if chosen == "naive" else route_native

@@ -19,15 +19,14 @@ gives zeros and touches nothing; padding rows give zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from lfm2_plugin.conv_batch import ConvBatch
-from lfm2_plugin.dispatch import implementation
+from lfm2_plugin.dispatch import chosen
 from lfm2_plugin.ops.short_conv.naive import short_conv_naive
 from lfm2_plugin.ops.short_conv.native import short_conv_native
+
+_KERNEL = "lfm2_plugin.ops.short_conv.triton:short_conv_triton"
 
 __all__ = ["short_conv", "short_conv_naive", "short_conv_native"]
 
@@ -59,7 +58,9 @@ def short_conv(
     _check(bcx, weight, bias, state, batch, out)
     if out is None:
         out = bcx.new_empty(bcx.shape[0], weight.shape[0])
-    _implementation(bcx.device)(bcx, weight, bias, state, batch, out)
+    chosen(bcx.device.type, short_conv_naive, short_conv_native, _KERNEL)(
+        bcx, weight, bias, state, batch, out
+    )
     return out
 
 
@@ -109,13 +110,3 @@ def _check(
         raise ValueError(
             f"out must be ({bcx.shape[0]}, {D}) of {bcx.dtype}, got {tuple(out.shape)} of {out.dtype}"
         )
-
-
-def _implementation(device: torch.device) -> Callable[..., Any]:
-    chosen = implementation(device.type, triton=True)
-    if chosen == "triton":
-        # Not before it is asked for: not every machine has triton.
-        from lfm2_plugin.ops.short_conv.triton import short_conv_triton
-
-        return short_conv_triton
-    return short_conv_naive if chosen == "naive" else short_conv_native

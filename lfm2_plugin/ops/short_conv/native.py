@@ -149,6 +149,17 @@ def _stream(
         torch.mul(C[start:end], rounded[:n], out=out[start:end])
 
 
+def _history(cells: torch.Tensor, block: _Block, K: int, dtype: torch.dtype) -> torch.Tensor:
+    """The values before a block's tokens, oldest first, (N, K - 1, D) in ``dtype``: of the states, or zeros."""
+    if block.columns is None:
+        history = cells[:, : K - 1].index_select(0, block.slots)
+    else:
+        history = cells[block.slots[:, None], block.columns]
+    if block.fresh is not None:
+        history.masked_fill_(block.fresh, 0)
+    return history.to(dtype)
+
+
 def _single_tokens(
     bcx: torch.Tensor,
     taps: torch.Tensor,
@@ -163,14 +174,8 @@ def _single_tokens(
     block (each of whose tensors is just large enough for torch to share it among the cores), 32 sequences 1.4x.
     """
     K, D = taps.shape
-    if block.columns is None:
-        history = cells[:, : K - 1].index_select(0, block.slots)  # (N, K - 1, D)
-    else:
-        history = cells[block.slots[:, None], block.columns]
-    if block.fresh is not None:
-        history.masked_fill_(block.fresh, 0)
+    history = _history(cells, block, K, bcx.dtype)
     B, C, x = bcx[block.rows].split(D, dim=-1)
-    history = history.to(bcx.dtype)
     value = B * x
     total = value.float() * taps[K - 1]
     for k in reversed(range(K - 1)):
@@ -194,16 +199,11 @@ def _block(
     """Convolve a block into ``out``; gives history and values back, (N, K - 1 + width, D) in bcx's dtype."""
     K, D = taps.shape
     N, width = block.slots.shape[0], block.width
-    if block.columns is None:
-        history = cells[:, : K - 1].index_select(0, block.slots)
-    else:
-        history = cells[block.slots[:, None], block.columns]
-    if block.fresh is not None:
-        history.masked_fill_(block.fresh, 0)
+    history = _history(cells, block, K, bcx.dtype)
     rows = block.rows
     tokens = bcx[rows] if isinstance(rows, slice) else bcx.index_select(0, rows)
     B, C, x = tokens.split(D, dim=-1)
-    values = torch.cat([history.to(bcx.dtype), (B * x).view(N, width, D)], dim=1)
+    values = torch.cat([history, (B * x).view(N, width, D)], dim=1)
 
     values32 = values.float()
     total = values32[:, K - 1 :] * taps[K - 1]

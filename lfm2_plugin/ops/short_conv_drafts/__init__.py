@@ -8,15 +8,14 @@ known which drafts stand, by a copy out of the windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
-from lfm2_plugin.dispatch import implementation
+from lfm2_plugin.dispatch import chosen
 from lfm2_plugin.ops.short_conv_drafts.naive import short_conv_drafts_naive
 from lfm2_plugin.ops.short_conv_drafts.native import short_conv_drafts_native
 from lfm2_plugin.ops.short_conv_drafts.trees import branches, chain, tree
+
+_KERNEL = "lfm2_plugin.ops.short_conv_drafts.triton:short_conv_drafts_triton"
 
 __all__ = [
     "branches",
@@ -58,7 +57,7 @@ def short_conv_drafts(
     _check(bcx, weight, bias, state, slots, seen, windows)
     out = bcx.new_empty(bcx.shape[0], weight.shape[0])
     S, q, _ = seen.shape
-    run = _implementation(bcx.device)
+    run = chosen(bcx.device.type, short_conv_drafts_naive, short_conv_drafts_native, _KERNEL)
     run(bcx, weight, bias, state, slots, seen, windows[:S, :q], out)
     return out
 
@@ -94,13 +93,3 @@ def _check(
             f"windows must be (at least {S}, at least {q}, {D}, {K - 1}) of {state.dtype} like state, got "
             f"{tuple(windows.shape)} of {windows.dtype}"
         )
-
-
-def _implementation(device: torch.device) -> Callable[..., Any]:
-    chosen = implementation(device.type, triton=True)
-    if chosen == "triton":
-        # Not before it is asked for: not every machine has triton.
-        from lfm2_plugin.ops.short_conv_drafts.triton import short_conv_drafts_triton
-
-        return short_conv_drafts_triton
-    return short_conv_drafts_naive if chosen == "naive" else short_conv_drafts_native
