@@ -28,7 +28,7 @@ def ask(run, model: str, dtype: str = "float32", cache: bool = False, env=None, 
 
 @pytest.mark.parametrize(
     ("model", "dtype", "cache"),
-    [("alpha", "float32", True), ("beta-calm", "bfloat16", False)],
+    [("alpha", "float32", True), ("beta", "float32", False), ("beta-calm", "bfloat16", False)],
 )
 def test_tensor_parallel(run, model, dtype, cache):
     ask(run, model, dtype, cache, tensor_parallel_size=2)
@@ -38,7 +38,8 @@ def test_tensor_parallel(run, model, dtype, cache):
     ("model", "cache", "partition"),
     [
         ("staged", True, "3,3"),  # the first stage has no expert layer
-        ("beta", False, "3,2"),  # two conv layers and one
+        ("staged", False, "2,4"),  # one conv layer and three
+        ("beta", True, "3,2"),  # two conv layers and one
     ],
 )
 def test_pipeline_parallel(run, model, cache, partition):

@@ -1,14 +1,16 @@
-"""The demo model over HTTP: chat, streaming, tool calls, accuracy under load, clients that leave.
-
-run-batch is in test_examples.py.
+"""The demo model over HTTP: chat, streaming, tool calls, accuracy under load, clients that leave; and
+run-batch.
 """
 
 import json
+import subprocess
 
 import pytest
 import serving_checks
 from checkpoints import DEMO
-from serving import served
+from demo_reference import answers, held_out, score
+from openai_http import body, text_of
+from serving import command, served
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -49,3 +51,31 @@ def test_clients_that_leave(server):
     serving_checks.clients_that_leave(
         server, lambda: serving_checks.gauge(server, "vllm:num_requests_running")
     )
+
+
+def test_run_batch(tmp_path):
+    asked = held_out(40)
+    lines = [
+        {
+            "custom_id": str(i),
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": body(q, model=str(DEMO)),
+        }
+        for i, q in enumerate(asked)
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)))
+    words = ["run-batch", "-i", str(source), "-o", str(target), "--model", str(DEMO)]
+    run = subprocess.run(
+        command(*words, *OPTIONS, *TOOLS),
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    replies = {r["custom_id"]: r for r in map(json.loads, target.read_text().splitlines())}
+    texts = []
+    for i in range(len(asked)):
+        reply = replies[str(i)]
+        assert reply["error"] is None
+        texts.append(text_of(reply["response"]["body"]["choices"][0]["message"]))
+    assert score(asked, texts) == score(asked, answers(asked))

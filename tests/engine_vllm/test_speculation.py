@@ -40,7 +40,7 @@ def assert_drafts_were_used(metrics: dict[str, float], share: float = 0.0) -> No
     ("model", "count", "share"),
     [
         ("demo", 3, 0.1),  # copies much of its prompts
-        *[slow("demo", count, 0.1) for count in (1, 5, 8)],
+        *[slow("demo", count, 0.1) for count in (1, 2, 5, 8)],
         *[("alpha", 3, 0), ("beta", 4, 0), slow("beta", 7, 0)],  # random: nearly all is rejected
     ],
 )
