@@ -52,7 +52,7 @@ BY_16 = (
     "out_stride_row",
     "state_stride_slot",
 )
-BY_16 += ("state_stride_column",)
+BY_16 += ("state_stride_column", "windows_stride_sequence", "windows_stride_draft")
 """Integers that 16 divides in the published models, which Triton sees at the launch."""
 
 
@@ -90,8 +90,11 @@ def build(function: object, constants: dict, backend: str, arch: int | str) -> o
     from triton.compiler import ASTSource, compile
 
     names = function.arg_names
+    # A state's two 16-bit values as one integer.
+    states = {"state_ptr": "*i32", "windows_ptr": "*i32"} if constants.get("PAIRED") else {}
+    pointers = POINTERS | states
     signature = {
-        name: "constexpr" if name in constants else (POINTERS | FLOATS).get(name, "i32")
+        name: "constexpr" if name in constants else (pointers | FLOATS).get(name, "i32")
         for name in names
     }
     aligned = [n for n in (*POINTERS, *BY_16) if n in names and n not in constants]

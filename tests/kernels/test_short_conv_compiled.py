@@ -7,24 +7,30 @@ from gpu_code import compiled
 
 from lfm2_plugin.ops.short_conv.triton import CHANNELS, ROWS
 
-# The published models; the taps lie tap after tap, the states channel after channel ("vLLM") or not ("SGLang").
+# The published models; the taps lie tap after tap, the states channel after channel ("vLLM"), or the two columns of
+# each channel side by side, taken as one integer ("SGLang") or not ("columns apart").
 COMMON = {
     "weight_stride_channel": 1,
     "out_stride_channel": 1,
     "HAS_BIAS": False,
     "HAS_ACCEPTED": False,
     "HAS_CHECKPOINTS": False,
+    "PAIRED": False,
     "K": 3,
     "HEAD": 2,
+    "DECODE_LEN": 1,
     "ROWS": ROWS,
     "BLOCK": CHANNELS,
 }
 CHANNELS_LAST = {"state_stride_channel": 1}
+SIDE_BY_SIDE = {"state_stride_channel": 1, "state_stride_column": 1, "PAIRED": True}
 VARIANTS = {
     "vLLM": COMMON | CHANNELS_LAST,
     "vLLM, checkpoints": COMMON | CHANNELS_LAST | {"HAS_CHECKPOINTS": True},
-    "vLLM, 3 drafts": COMMON | CHANNELS_LAST | {"HAS_ACCEPTED": True, "HEAD": 4},
-    "SGLang": COMMON | {"state_stride_channel": 2, "state_stride_column": 1},
+    "vLLM, 3 drafts": COMMON | CHANNELS_LAST | {"HAS_ACCEPTED": True, "HEAD": 4, "DECODE_LEN": 4},
+    "SGLang": COMMON | SIDE_BY_SIDE,
+    "SGLang, snapshots": COMMON | SIDE_BY_SIDE | {"HAS_CHECKPOINTS": True},
+    "columns apart": COMMON | {"state_stride_channel": 2, "state_stride_column": 1},
     "width 8": COMMON | CHANNELS_LAST | {"K": 8, "HEAD": 7},
 }
 SCALARS = 8 + ROWS  # single values that a program reads: of its sequence, of the kinds of its rows
@@ -35,21 +41,20 @@ def hopper() -> dict:
     return compiled("short_conv", VARIANTS, "cuda", "90")
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "SGLang"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "columns apart"])
 def test_every_access_to_channels_is_wide(hopper, name: str) -> None:
     found = hopper[name]
     assert found["stores"] == found["wide_stores"] > 0
     assert found["loads"] - found["wide_loads"] <= SCALARS
 
 
-def test_sglangs_states_are_the_only_narrow_ones(hopper) -> None:
-    """Its two columns of a channel lie side by side, the channels 4 bytes apart."""
+def test_states_of_another_dtype_than_the_inputs_are_narrow(hopper) -> None:
+    """Where two columns of a channel lie side by side, and aren't taken as one integer: what the pairs save."""
     width, values = 3, 8  # a thread's
     states = (width - 1) * values
-    found = hopper["SGLang"]
-    assert found["loads"] - found["wide_loads"] <= SCALARS + states
-    # The columns that a decode's tokens write, and the state at the end.
-    assert found["stores"] - found["wide_stores"] <= 2 * states
+    found = hopper["columns apart"]
+    assert states <= found["loads"] - found["wide_loads"] <= SCALARS + states
+    assert found["stores"] - found["wide_stores"] == states
 
 
 @pytest.mark.parametrize("name", VARIANTS)

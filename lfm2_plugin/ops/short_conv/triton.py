@@ -98,6 +98,36 @@ def _state_value(age, end, before, bcx_ptr, start, bcx_stride, D, channels, mask
 
 
 @triton.jit
+def load_state(
+    cell, first, stride_column, mask, dtype: tl.constexpr, K: tl.constexpr, PAIRED: tl.constexpr
+):
+    """The K - 1 columns from ``first`` on, newest first."""
+    values = ()
+    if PAIRED:
+        pair = tl.load(cell, mask=mask, other=0)
+        newest = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
+        values = (newest, pair.to(tl.int16).to(dtype, bitcast=True))
+    else:
+        for k in tl.static_range(K - 1):
+            value = tl.load(cell + (first + K - 2 - k) * stride_column, mask=mask, other=0.0)
+            values = values + (value.to(dtype),)
+    return values
+
+
+@triton.jit
+def store_state(cell, values, stride_column, mask, K: tl.constexpr, PAIRED: tl.constexpr):
+    """The first K - 1 columns from ``values``, newest first."""
+    if PAIRED:
+        newest = values[0].to(tl.int16, bitcast=True).to(tl.int32) << 16
+        oldest = values[1].to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        tl.store(cell, newest | oldest, mask=mask)
+    else:
+        for k in tl.static_range(K - 1):
+            value = values[k].to(cell.dtype.element_ty)
+            tl.store(cell + (K - 2 - k) * stride_column, value, mask=mask)
+
+
+@triton.jit
 def _short_conv(
     bcx_ptr,
     weight_ptr,
@@ -128,8 +158,10 @@ def _short_conv(
     HAS_BIAS: tl.constexpr,
     HAS_ACCEPTED: tl.constexpr,
     HAS_CHECKPOINTS: tl.constexpr,
+    PAIRED: tl.constexpr,
     K: tl.constexpr,
     HEAD: tl.constexpr,
+    DECODE_LEN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -164,14 +196,9 @@ def _short_conv(
                 first = tl.load(accepted_ptr + sequence, mask=is_decode, other=1) - 1
             state_ptrs = state_ptr + channels.to(tl.int64) * state_stride_channel
             cell = state_ptrs + slot * state_stride_slot
-            history = ()  # newest first
-            for k in tl.static_range(K - 1):
-                old = tl.load(
-                    cell + (first + K - 2 - k) * state_stride_column,
-                    mask=mask & has_state,
-                    other=0.0,
-                )
-                history = history + (old.to(dtype),)
+            history = load_state(
+                cell, first, state_stride_column, mask & has_state, dtype, K, PAIRED
+            )
             # Other threads of this program may write what this one reads.
             tl.debug_barrier()
 
@@ -184,9 +211,13 @@ def _short_conv(
                     bcx_ptr, row, bcx_stride, D, channels, mask & live, value, before, taps, bias, K
                 )
                 tl.store(out_ptrs + row.to(tl.int64) * out_stride_row, y, mask=mask & live)
-                # A decode's state grows by each token, for as long as drafts may be refused.
-                column = cell + (K - 2 + t) * state_stride_column
-                tl.store(column, value.to(state_ptr.dtype.element_ty), mask=mask & live & is_decode)
+                if t == 0:
+                    first_value = value
+                elif t < DECODE_LEN:
+                    # A decode's state grows by each draft, for as long as it may be refused.
+                    column = cell + (K - 2 + t) * state_stride_column
+                    grown = value.to(state_ptr.dtype.element_ty)
+                    tl.store(column, grown, mask=mask & live & is_decode)
                 before = (value,) + before[: K - 2]
 
             if HAS_CHECKPOINTS:
@@ -194,7 +225,7 @@ def _short_conv(
                 offset = tl.load(checkpoint_offsets_ptr + prefill, mask=is_decode == 0, other=0)
                 copy = tl.load(checkpoint_slots_ptr + prefill, mask=is_decode == 0, other=null_slot)
                 kept = (offset > 0) & (copy != null_slot)
-                target = state_ptrs + copy.to(tl.int64) * state_stride_slot
+                values = ()
                 for k in tl.static_range(K - 1):
                     value = _state_value(
                         k + 1,
@@ -208,18 +239,22 @@ def _short_conv(
                         mask & kept,
                         K,
                     )
-                    column = target + (K - 2 - k) * state_stride_column
-                    tl.store(column, value.to(state_ptr.dtype.element_ty), mask=mask & kept)
+                    values = values + (value,)
+                target = state_ptrs + copy.to(tl.int64) * state_stride_slot
+                store_state(target, values, state_stride_column, mask & kept, K, PAIRED)
 
+            # After a decode's first token, whose value is at hand, or a prefill's last.
+            end = tl.where(is_decode, 1, length)
+            values = ()
             for k in tl.static_range(K - 1):
-                # Of a decode, the history without its oldest value; what follows it is there already.
-                end = tl.where(is_decode, 1, length)
                 absent = mask & ((k > 0) | (is_decode == 0))
                 value = _state_value(
                     k + 1, end, history, bcx_ptr, start, bcx_stride, D, channels, absent, K
                 )
-                column = cell + (K - 2 - k) * state_stride_column
-                tl.store(column, value.to(state_ptr.dtype.element_ty), mask=absent)
+                if k == 0:
+                    value = tl.where(is_decode, first_value, value)
+                values = values + (value,)
+            store_state(cell, values, state_stride_column, mask, K, PAIRED)
     else:
         first_row = (program - S) * ROWS
         rows = first_row + tl.arange(0, ROWS)
@@ -271,6 +306,9 @@ def short_conv_triton(
     if bcx.stride(1) != 1:
         bcx = bcx.contiguous()
     kinds = _kinds_of(batch, T, K, bcx.device)
+    paired = is_paired(state, bcx.dtype, K)
+    if paired:
+        state = state.view(torch.int32)
     block = min(CHANNELS, triton.next_power_of_2(D))
     nothing = batch.slots  # for pointers that are not read
     _short_conv[(S + triton.cdiv(T, ROWS), triton.cdiv(D, block))](
@@ -299,11 +337,26 @@ def short_conv_triton(
         HAS_BIAS=bias is not None,
         HAS_ACCEPTED=batch.num_accepted is not None,
         HAS_CHECKPOINTS=batch.checkpoint_offsets is not None,
+        PAIRED=paired,
         K=K,
         HEAD=max(K - 1, batch.max_decode_len),
+        DECODE_LEN=batch.max_decode_len,
         ROWS=ROWS,
         BLOCK=block,
     )
+
+
+def is_paired(state: torch.Tensor, dtype: torch.dtype, K: int) -> bool:
+    """Whether a channel's state (..., D, K - 1) is two 16-bit values side by side, as SGLang has them.
+
+    They are read and written as one 32-bit integer, four channels at once; alone, each value would be an access of its
+    own.
+    """
+    halves = K == 3 and state.dtype == dtype and dtype.itemsize == 2
+    *outer, channel, column = state.stride()
+    side_by_side = state.shape[-1] == 2 and (channel, column) == (2, 1)
+    even = not any(n % 2 for n in (*outer, state.storage_offset()))
+    return halves and side_by_side and even and state.data_ptr() % 4 == 0
 
 
 def _kinds_of(batch: ConvBatch, T: int, K: int, device: torch.device) -> torch.Tensor:

@@ -12,7 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from lfm2_plugin.ops.short_conv.triton import CHANNELS, gated_input, gated_output
+from lfm2_plugin.ops.short_conv.triton import (
+    CHANNELS,
+    gated_input,
+    gated_output,
+    is_paired,
+    load_state,
+    store_state,
+)
 
 
 @triton.jit
@@ -43,6 +50,7 @@ def _short_conv_drafts(
     windows_stride_column,
     out_stride_row,
     HAS_BIAS: tl.constexpr,
+    PAIRED: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -65,14 +73,17 @@ def _short_conv_drafts(
             other=0.0,
         )
         taps = taps + (tap.to(tl.float32),)
+    # A draft that sees any of the state sees its newest value, and of all places the first lies farthest back.
+    reaches_back = (tl.load(places) < K - 1) & (slot >= 0)
+    history = load_state(cell, 0, state_stride_column, mask & reaches_back, value.dtype, K, PAIRED)
     for k in tl.static_range(K - 1):
         place = tl.load(places + (K - 2 - k) * seen_stride_place).to(tl.int32)
         is_draft = place >= K - 1
         source = sequence * q + place - (K - 1)
-        drafted = gated_input(bcx_ptr, source, bcx_stride, D, channels, mask & is_draft)
-        known = mask & (is_draft == 0) & (slot >= 0)
-        old = tl.load(cell + place * state_stride_column, mask=known, other=0.0)
-        before = before + (tl.where(is_draft, drafted, old.to(value.dtype)),)
+        seen = gated_input(bcx_ptr, source, bcx_stride, D, channels, mask & is_draft)
+        for age in tl.static_range(K - 1):
+            seen = tl.where(place == K - 2 - age, history[age], seen)
+        before = before + (seen,)
     bias = tl.zeros([BLOCK], tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + channels, mask=mask, other=0.0).to(tl.float32)
@@ -85,10 +96,7 @@ def _short_conv_drafts(
         + draft * windows_stride_draft
         + wide * windows_stride_channel
     )
-    left = (value,) + before
-    for k in tl.static_range(K - 1):
-        column = window + (K - 2 - k) * windows_stride_column
-        tl.store(column, left[k].to(windows_ptr.dtype.element_ty), mask=mask)
+    store_state(window, (value,) + before, windows_stride_column, mask, K, PAIRED)
 
 
 def short_conv_drafts_triton(
@@ -108,6 +116,9 @@ def short_conv_drafts_triton(
         return
     if bcx.stride(1) != 1:
         bcx = bcx.contiguous()
+    paired = is_paired(state, bcx.dtype, K) and is_paired(windows, bcx.dtype, K)
+    if paired:
+        state, windows = state.view(torch.int32), windows.view(torch.int32)
     block = min(CHANNELS, triton.next_power_of_2(D))
     _short_conv_drafts[(S * q, triton.cdiv(D, block))](
         bcx,
@@ -128,6 +139,7 @@ def short_conv_drafts_triton(
         *windows.stride(),
         out.stride(0),
         HAS_BIAS=bias is not None,
+        PAIRED=paired,
         K=K,
         BLOCK=block,
     )
