@@ -102,6 +102,8 @@ class Plan:
         slots_per_request: slots that SGLang reckons with for a request.
         kv_tokens: tokens whose keys and values fit.
         max_running: requests that SGLang runs at once at most.
+        largest_graph: requests of the largest decode that is captured as a CUDA graph (SGLang captures none beyond
+            ``max_running``).
         requests: how many requests of ``tokens`` run at once: the least of ``max_running``, what the slots last for,
             and what the keys and values last for.
 
@@ -115,6 +117,7 @@ class Plan:
     slots_per_request: int
     kv_tokens: int
     max_running: int
+    largest_graph: int
     requests: int
 
     @property
@@ -145,6 +148,7 @@ COLUMNS = {
     "state GiB": lambda plan: f"{plan.state_bytes / GIB:.2f}",
     "KV tokens": lambda plan: f"{plan.kv_tokens:,}",
     "at once": lambda plan: f"{plan.max_running:,}",
+    "graphs": lambda plan: f"{min(plan.largest_graph, plan.max_running):,}",
     "requests": lambda plan: f"{plan.requests:,}",
 }
 
@@ -218,6 +222,8 @@ speculation).
 - *at once*: how many requests SGLang runs at once at most, whatever their length. It reckons with 3 slots a request
   for the built-in model, 5 for ours (two more for the snapshots that keep the overlap scheduler on), 1 without prefix
   cache.
+- *graphs*: decodes of up to so many requests are CUDA graphs. Ours captures more where its activations and SGLang's own
+  estimate for graphs fit twice into what SGLang leaves outside the pools (`sglang_model/graphs.py`).
 - *requests*: how many of {tokens:,} tokens run at once; *ratio*: ours to the built-in's.
 
 {tables}

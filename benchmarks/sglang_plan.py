@@ -30,6 +30,7 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.runtime_context import (
     SpawnRanks,
     get_context,
+    get_exec,
     get_model,
     get_parallel,
     get_schedule,
@@ -72,6 +73,7 @@ def plan(case: Case) -> Plan:
     pools = configurator._resolve_memory_pool_config(before)
     per_request = configurator._calculate_mamba_ratio()
     slots = get_schedule().max_mamba_cache_size
+    graphs = get_exec().graph.cuda_graph_config.decode
     return Plan(
         model_class=f"{type(model).__module__}.{type(model).__qualname__}",
         weight_bytes=weights,
@@ -81,6 +83,7 @@ def plan(case: Case) -> Plan:
         slots_per_request=per_request,
         kv_tokens=pools.max_total_num_tokens,
         max_running=pools.max_running_requests,
+        largest_graph=graphs.max_bs if graphs.backend != "disabled" else 0,
         requests=min(
             pools.max_total_num_tokens // case.tokens,
             slots // per_request,

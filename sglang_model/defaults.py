@@ -15,6 +15,7 @@ from .engine_api import (
     resolving_view,
     said_by_user,
 )
+from .graphs import settle_graphs
 from .memory import cpu_memory_options, memory_options
 from .speculation import settle_drafts
 
@@ -35,6 +36,7 @@ def declare() -> None:
     _declared = True
     register_hybrid_model(Lfm2MoeConfig, ARCHITECTURE, STATE_BACKEND, HYBRID_BACKEND)
     register_resolution_hook("handle_speculative_decoding")(settle_drafts)
+    register_resolution_hook("handle_gpu_memory_settings")(settle_graphs)
     register_resolution_hook(LAST_STEP)(settle_memory)
 
 

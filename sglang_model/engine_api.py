@@ -236,6 +236,15 @@ def without_cuda_graphs(config: Any) -> Any:
     return config
 
 
+def with_decode_graphs(server_args: Any, config: Any, largest: int) -> Any:
+    """SGLang's settled configuration of CUDA graphs, with decodes of up to ``largest`` requests, in SGLang's steps."""
+    from sglang.srt.arg_groups.cuda_graph_hook import generate_decode_cuda_graph_batch_sizes
+    from sglang.srt.model_executor.cuda_graph_config import Phase, with_phase
+
+    sizes = generate_decode_cuda_graph_batch_sizes(server_args, largest)
+    return with_phase(config, Phase.DECODE, max_bs=largest, bs=sizes)
+
+
 def register_cpu_attention(name: str) -> None:
     """Let SGLang build the attention backend ``name`` from ``cpu_attention.py``; safe to call again."""
     from sglang.srt.layers.attention.attention_registry import (

@@ -71,6 +71,7 @@ NAMES = {
         "sglang.kernels.ops.mamba.lfm_short_conv:fused_lfm_short_conv_decode"
     ),
     "get_attn_backend": "sglang.srt.model_executor.forward_context:get_attn_backend",
+    "get_device_memory_capacity": "sglang.srt.utils.common:get_device_memory_capacity",
     "get_forward_batch": "sglang.srt.model_executor.runner_utils.forward_batch:get_forward_batch",
     "get_lora": "sglang.srt.runtime_context:get_lora",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",

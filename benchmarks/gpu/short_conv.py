@@ -1,25 +1,24 @@
-"""The short convolution on a GPU: our one launch against vLLM's own sequence of kernels, and against the device's copy.
+"""The short convolution on a GPU: our one launch against a built-in model's kernels, and against the device's copy.
 
     python -m benchmarks.gpu.short_conv --name short-conv-h100     # results/gpu/NAME.json and .md
     python -m benchmarks.gpu.short_conv --only "decode 1024"
 
 Each case is run by both first and compared, then timed: as a replayed CUDA graph ("graph", which hides launches), and
-as called ("eager", caches cold). vLLM's side runs where vLLM is installed; its kernel for prompts is told of the step
-beforehand, as its metadata builder does once for all layers. The copy is one of torch's of 512 MiB, bytes read and
-written.
+as called ("eager", caches cold). The built-in is that of the engine which is installed, and the states lie as that
+engine has them, ours alone as vLLM's. The copy is one of torch's of 512 MiB, bytes read and written.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
+from benchmarks.gpu.short_conv_builtins import BUILTINS, Run
 from benchmarks.provenance import provenance
 from lfm2_plugin.conv_batch import ConvBatch
 from lfm2_plugin.ops.short_conv import short_conv_naive
@@ -64,15 +63,15 @@ CASES = [
 
 @dataclass
 class Row:
-    """What was measured of a case; times in microseconds, ``None`` where vLLM is not installed.
+    """What was measured of a case; times in microseconds, ``None`` where no engine is installed.
 
     Attributes:
         case: its name.
         floor_us: the fewest bytes at the copy's speed.
         ours_graph_us: our launch, of a CUDA graph.
         ours_eager_us: our launch, called.
-        vllm_graph_us: vLLM's kernels, of a CUDA graph.
-        vllm_eager_us: vLLM's kernels, called.
+        builtin_graph_us: the engine's kernels, of a CUDA graph.
+        builtin_eager_us: the engine's kernels, called.
 
     """
 
@@ -80,8 +79,8 @@ class Row:
     floor_us: float
     ours_graph_us: float
     ours_eager_us: float
-    vllm_graph_us: float | None
-    vllm_eager_us: float | None
+    builtin_graph_us: float | None
+    builtin_eager_us: float | None
 
     @property
     def of_copy(self) -> float:
@@ -89,7 +88,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        return None if self.vllm_graph_us is None else self.vllm_graph_us / self.ours_graph_us
+        return None if self.builtin_graph_us is None else self.builtin_graph_us / self.ours_graph_us
 
 
 def make_batch(case: Case, device: str) -> ConvBatch:
@@ -108,70 +107,29 @@ def make_batch(case: Case, device: str) -> ConvBatch:
     )
 
 
-def make_inputs(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random bcx (T, 3D), taps (D, K), tap after tap in memory, and states (slots, D, K - 1), channel after channel."""
+def make_inputs(
+    case: Case, device: str, engine: str | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random bcx (T, 3D), taps (D, K), tap after tap in memory, and states (slots, D, K - 1): channel after channel, or
+    in SGLang column after column.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(DTYPE)
 
     states = randn(case.sequences + 1, K - 1, D).transpose(1, 2)
+    if engine == "sglang":
+        states = states.contiguous()
     return randn(case.tokens, 3 * D), randn(K, D).t(), states
 
 
-def vllm_kernels(case: Case, batch: ConvBatch) -> Callable[..., torch.Tensor] | None:
-    """The built-in model's operator between its projections, of vLLM's kernels; None without vLLM."""
-    try:
-        from vllm.model_executor.layers.mamba.ops.causal_conv1d import (
-            causal_conv1d_fn,
-            causal_conv1d_update,
-        )
-        from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
-    except ImportError:
-        return None
-    d = case.decodes
-    metadata = None
-    starts = batch.query_start[d:] - batch.query_start[d]
-    if case.prompts:
-        nums, rows, offsets = compute_causal_conv1d_metadata(
-            starts.cpu(), device=batch.slots.device
-        )
-        metadata = SimpleNamespace(nums_dict=nums, batch_ptr=rows, token_chunk_offset_ptr=offsets)
-
-    def run(bcx: torch.Tensor, weight: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        b, c, x = bcx.chunk(3, dim=-1)
-        u = (b * x).contiguous()
-        parts = []
-        if d:
-            done = causal_conv1d_update(
-                u[:d].contiguous(),
-                state,
-                weight,
-                None,
-                activation=None,
-                conv_state_indices=batch.slots[:d],
-            )
-            parts.append(done)
-        if case.prompts:
-            done = causal_conv1d_fn(
-                u[d:].transpose(0, 1),
-                weight,
-                None,
-                conv_states=state,
-                query_start_loc=starts,
-                cache_indices=batch.slots[d:],
-                has_initial_state=batch.has_initial_state[d:],
-                activation=None,
-                metadata=metadata,
-            )
-            parts.append(done.transpose(0, 1))
-        mixed = parts[0] if len(parts) == 1 else torch.vstack(parts)
-        return c * mixed
-
-    return run
+def installed_engine() -> str | None:
+    """The engine whose built-in model is the other side."""
+    return next((name for name in BUILTINS if importlib.util.find_spec(name)), None)
 
 
-def measure(case: Case, device: str, copy_speed: float) -> Row:
+def measure(case: Case, device: str, engine: str | None, copy_speed: float) -> Row:
     """Compare both sides, then time them.
 
     Raises:
@@ -179,14 +137,14 @@ def measure(case: Case, device: str, copy_speed: float) -> Row:
     """
     from triton.testing import do_bench, do_bench_cudagraph
 
-    bcx, weight, state = make_inputs(case, device)
+    bcx, weight, state = make_inputs(case, device, engine)
     batch = make_batch(case, device)
     out = torch.empty(case.tokens, D, dtype=DTYPE, device=device)
 
     def ours() -> None:
         short_conv_triton(bcx, weight, None, state, batch, out)
 
-    builtin = vllm_kernels(case, batch)
+    builtin = BUILTINS[engine](batch) if engine else None
     theirs_weight = weight.contiguous()
 
     def theirs() -> None:
@@ -207,9 +165,9 @@ def compare(
     weight: torch.Tensor,
     state: torch.Tensor,
     batch: ConvBatch,
-    builtin: Callable[..., torch.Tensor] | None,
+    builtin: Run | None,
 ) -> None:
-    """Ours against vLLM's side, without one against the naive twin (not for long prompts, which take it minutes).
+    """Ours against the engine's side, without one against the naive twin (not for long prompts, which take it minutes).
 
     Raises:
         AssertionError: outputs or states differ.
@@ -217,12 +175,12 @@ def compare(
     if case.tokens > 2048 and builtin is None:
         return
     results = []
-    for side in ("ours", "vllm" if builtin else "naive"):
+    for side in ("ours", "builtin" if builtin else "naive"):
         moved = state.clone(memory_format=torch.preserve_format)
         out = torch.empty(case.tokens, D, dtype=DTYPE, device=bcx.device)
         if side == "ours":
             short_conv_triton(bcx, weight, None, moved, batch, out)
-        elif side == "vllm":
+        elif side == "builtin":
             out = builtin(bcx, weight.contiguous(), moved)
         else:
             short_conv_naive(bcx, weight, None, moved, batch, out)
@@ -242,16 +200,18 @@ def copy_speed(device: str) -> float:
     return 2 * COPY_BYTES / (do_bench(lambda: target.copy_(source), return_mode="median") / 1e3)
 
 
-def table(rows: list[Row], speed: float, device: str) -> str:
+def table(rows: list[Row], speed: float, device: str, engine: str | None) -> str:
     """A Markdown table with the copy's speed above it."""
+    other = {"vllm": "vLLM", "sglang": "SGLang"}.get(engine or "", "no engine")
     lines = [
         f"{device}, copy at {speed / 1e12:.2f} TB/s; times in microseconds",
         "",
-        "| case | floor | ours, graph | ours, eager | vLLM, graph | vLLM, eager | vLLM / ours | of the copy |",
+        "| case | floor | ours, graph | ours, eager "
+        f"| {other}, graph | {other}, eager | {other} / ours | of the copy |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        times = (row.ours_graph_us, row.ours_eager_us, row.vllm_graph_us, row.vllm_eager_us)
+        times = (row.ours_graph_us, row.ours_eager_us, row.builtin_graph_us, row.builtin_eager_us)
         cells = ["" if t is None else f"{t:.1f}" for t in times]
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         lines.append(
@@ -271,17 +231,18 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("this needs a GPU that torch sees")
     chosen = [c for c in CASES if not options.only or any(t in c.name for t in options.only)]
-    device, name = "cuda", torch.cuda.get_device_name()
+    device, name, engine = "cuda", torch.cuda.get_device_name(), installed_engine()
     speed = copy_speed(device)
     rows = []
     for case in chosen:
-        rows.append(measure(case, device, speed))
-        print(table(rows[-1:], speed, name).splitlines()[-1], flush=True)
+        rows.append(measure(case, device, engine, speed))
+        print(table(rows[-1:], speed, name, engine).splitlines()[-1], flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    text = table(rows, speed, name)
+    text = table(rows, speed, name, engine)
     print(text)
     (options.out / f"{options.name}.md").write_text(text)
-    found = {"device": name, "copy_bytes_per_second": speed, "rows": [asdict(row) for row in rows]}
+    found = {"device": name, "engine": engine, "copy_bytes_per_second": speed}
+    found["rows"] = [asdict(row) for row in rows]
     (options.out / f"{options.name}.json").write_text(json.dumps(provenance() | found, indent=1))
 
 

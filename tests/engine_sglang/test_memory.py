@@ -32,11 +32,22 @@ STRATEGIES: dict[str, tuple[dict[str, Any], int]] = {
     "lazy": ({"mamba_radix_cache_strategy": "extra_buffer_lazy"}, 4),
     "no snapshots": ({"disable_overlap_schedule": True}, 3),
 }
+GRAPHS: dict[str, tuple[Case, int]] = {
+    "as many as vLLM's": (Case("24b"), 1024),
+    "no more than run": (Case("24b", options={"max_running_requests": 300}), 300),
+    "the user's own": (Case("24b", options={"cuda_graph_max_bs_decode": 128}), 128),
+    "the user's own sizes": (Case("24b", options={"cuda_graph_bs_decode": [1, 64]}), 64),
+    "little memory outside": (Case("24b", options={"mem_fraction_static": 0.95}), 256),
+    "a GPU that SGLang captures 48 on": (Case("8b-cut", "24 GiB"), 1024),
+    "none": (Case("24b", options={"disable_cuda_graph": True}), 0),
+}
+"""What is planned, and the requests of the largest decode that is captured."""
 REQUESTS = 100
 COUNTED = [
     Case("24b", options=said | {"max_running_requests": REQUESTS})
     for said, _ in STRATEGIES.values()
 ]
+CAPTURED = [case for case, _ in GRAPHS.values()]
 
 
 def key(case: Case) -> str:
@@ -47,7 +58,7 @@ def key(case: Case) -> str:
 def plans() -> dict[str, dict[str, Plan]]:
     cases = {
         "builtin": [*COMPARED, *USERS, FLOAT32],
-        "ours": [*COMPARED, *USERS, FLOAT32, *COUNTED, *LAPTOP.values()],
+        "ours": [*COMPARED, *USERS, FLOAT32, *COUNTED, *CAPTURED, *LAPTOP.values()],
     }
     return {
         side: dict(zip(map(key, cases[side]), plan_all(side, cases[side]), strict=True))
@@ -130,6 +141,19 @@ def test_states_of_a_float32_model_are_counted_in_float32(plans):
 def test_eight_bit_keys_get_more_slots(plans):
     case = Case("24b", options={"kv_cache_dtype": "fp8_e4m3"})
     assert plans["ours"][key(case)].requests > 1.9 * plans["ours"][key(Case("24b"))].requests
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_largest_decode_that_is_captured(plans, name: str):
+    case, requests = GRAPHS[name]
+    assert plans["ours"][key(case)].largest_graph == requests
+
+
+def test_wider_graphs_leave_the_pools_as_they_are(plans):
+    for case in (Case("24b"), Case("8b")):
+        builtin, ours = plans["builtin"][key(case)], plans["ours"][key(case)]
+        assert builtin.largest_graph == 256 < ours.largest_graph
+        assert ours.static_fraction == builtin.static_fraction
 
 
 def test_on_a_cpu_the_states_take_megabytes(plans):

@@ -17,14 +17,15 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "D", 32)
 
 
-def inputs(case: Case) -> tuple:
-    bcx, weight, state = benchmark.make_inputs(case, "cpu")
+def inputs(case: Case, engine: str | None = None) -> tuple:
+    bcx, weight, state = benchmark.make_inputs(case, "cpu", engine)
     return bcx, weight, state, benchmark.make_batch(case, "cpu")
 
 
+@pytest.mark.parametrize("engine", [None, "sglang"])
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_steps_are_compared(interpreted, case: Case) -> None:
-    benchmark.compare(case, *inputs(case), None)
+def test_steps_are_compared(interpreted, case: Case, engine: str | None) -> None:
+    benchmark.compare(case, *inputs(case, engine), None)
 
 
 def test_another_result_is_noticed(interpreted) -> None:
@@ -49,8 +50,9 @@ def test_the_floor_is_what_a_decode_touches(watch: Watch) -> None:
 
 def test_table() -> None:
     rows = [Row("a", 10.0, 12.0, 20.0, 36.0, 40.0), Row("b", 1.0, 2.0, 4.0, None, None)]
-    lines = benchmark.table(rows, 3e12, "GPU").splitlines()
+    lines = benchmark.table(rows, 3e12, "GPU", "sglang").splitlines()
     assert lines[0] == "GPU, copy at 3.00 TB/s; times in microseconds"
+    assert "| SGLang, graph | SGLang, eager | SGLang / ours |" in lines[2]
     assert lines[-2] == "| a | 10.0 | 12.0 | 20.0 | 36.0 | 40.0 | 3.00 | 50% |"
     assert lines[-1] == "| b | 1.0 | 2.0 | 4.0 |  |  |  | 25% |"
 
