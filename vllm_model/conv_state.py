@@ -38,6 +38,11 @@ from .engine_api import (
 )
 
 
+def our_operator_runs() -> bool:
+    """Whether steps go through our operator: on a CPU, and on a GPU where the user names an implementation of it."""
+    return on_cpu() or is_forced()
+
+
 def pages_of_stage(arch: Lfm2MoeArch, first: int, last: int) -> list[list[int]]:
     """The conv layers of the pipeline stage [first, last), cut into pages; each page lists its layers' indices.
 
@@ -86,8 +91,8 @@ class ConvStepMetadataBuilder(ShortConvAttentionMetadataBuilder):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # Program ids for the engine's GPU kernel, which a CPU step doesn't launch.
-        self.needs_causal_conv1d_metadata = not on_cpu()
+        # Program ids for the engine's GPU kernel, made on the host for each step with a prefill.
+        self.needs_causal_conv1d_metadata = not our_operator_runs()
         self._checkpoints = MambaPrefillCheckpointBuilder(vllm_config, kv_cache_spec)
         self._align = vllm_config.cache_config.mamba_cache_mode == "align"
         self._always = torch.ones(
@@ -135,7 +140,7 @@ class ConvStateBackend(ShortConvAttentionBackend):
         """vLLM's mode in which a request's numbers don't depend on who else is served. Our operator takes each token's
         sum in one order, whatever the step; of the engine's kernels nobody has said so.
         """
-        return on_cpu() or is_forced()
+        return our_operator_runs()
 
 
 class ConvStatePage(MambaBase):

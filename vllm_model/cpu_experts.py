@@ -20,6 +20,7 @@ from .engine_api import (
     RoutedExperts,
     UnquantizedFusedMoEMethod,
     UnquantizedMoeBackend,
+    quantiser_is_there,
 )
 
 
@@ -128,7 +129,7 @@ class CpuRoutedExperts(RoutedExperts):
             raise _no_kernel(quant_config) from error
         if type(method) is UnquantizedFusedMoEMethod:
             return CpuExpertsMethod(moe_config)
-        if not torch.cpu._is_amx_tile_supported():
+        if not torch.cpu._is_amx_tile_supported() or not quantiser_is_there(quant_config):
             raise _no_kernel(quant_config)
         return method
 
@@ -136,6 +137,6 @@ class CpuRoutedExperts(RoutedExperts):
 def _no_kernel(quant_config: QuantizationConfig | None) -> ValueError:
     name = "in this way" if quant_config is None else f"by {quant_config.get_name()!r}"
     return ValueError(
-        f"vLLM has no kernel for experts quantised {name} on this CPU (it has some for CPUs with AMX). Serve the "
-        "unquantised checkpoint, leave out --quantization, or use a GPU."
+        f"vLLM has no kernel for experts quantised {name} on this CPU (with AMX it has some, for checkpoints that are "
+        "quantised already). Serve the unquantised checkpoint, leave out --quantization, or use a GPU."
     )

@@ -166,6 +166,7 @@ __all__ = [
     "padding_rows",
     "pipeline_needs_compilation",
     "pipeline_stages",
+    "quantiser_is_there",
     "short_conv_op",
     "speculation_needs_triton",
     "support_torch_compile",
@@ -289,6 +290,15 @@ def pipeline_needs_compilation(vllm_config: VllmConfig) -> bool:
         and vllm_config.parallel_config.pipeline_parallel_size > 1
         and (eager or vllm_config.compilation_config.mode == CompilationMode.NONE)
     )
+
+
+def quantiser_is_there(quant_config: QuantizationConfig | None) -> bool:
+    """Whether vLLM can quantise as it loads, where ``quant_config`` asks for that: its builds for CPUs declare the
+    operator without arguments, and fail in the first layer.
+    """
+    if quant_config is None or quant_config.get_name() != "online":
+        return True
+    return bool(torch.ops._C.static_scaled_fp8_quant.default._schema.arguments)
 
 
 def conv_batch_from(

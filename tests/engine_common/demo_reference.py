@@ -1,4 +1,4 @@
-"""The demo model's answers to its own questions in transformers, float32."""
+"""The demo model's answers to its own questions in transformers."""
 
 import torch
 from checkpoints import DEMO
@@ -17,7 +17,7 @@ def prompt_ids(tokenizer, question: Question) -> list[int]:
     )
 
 
-def answers(asked: list[Question]) -> list[str]:
+def answers(asked: list[Question], dtype: torch.dtype = torch.float32) -> list[str]:
     """Greedy answers, special tokens kept (a tool call is between two of them), left-padded batches."""
     from transformers import AutoTokenizer
 
@@ -25,7 +25,7 @@ def answers(asked: list[Question]) -> list[str]:
     prompts = [prompt_ids(tokenizer, q) for q in asked]
 
     def compute() -> list[str]:
-        model = load(DEMO, torch.float32)
+        model = load(DEMO, dtype)
         texts = [""] * len(asked)
         order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), BATCH):
@@ -39,7 +39,7 @@ def answers(asked: list[Question]) -> list[str]:
                 texts[index] = tokenizer.decode(ids[:end], skip_special_tokens=False)
         return texts
 
-    return remembered(compute, DEMO, "answers to eos", prompts, LONGEST_ANSWER)
+    return remembered(compute, DEMO, "answers to eos", prompts, LONGEST_ANSWER, str(dtype))
 
 
 def score(asked: list[Question], texts: list[str]) -> int:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import httpx
+import torch
 from demo_reference import answers, held_out, score
 from openai_http import ask, body, joined, stream
 
@@ -22,24 +23,33 @@ def as_asked(question: Question) -> Question:
 
 
 def answers_under_64_concurrent_requests(
-    url: str, rendered: Rendered = as_asked, model: str = "model"
+    url: str,
+    rendered: Rendered = as_asked,
+    model: str = "model",
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """As many right answers as transformers in float32, within one of 500.
+    """As many right answers as transformers, within one of 500.
 
-    That holds for a server in bfloat16 too, and is more than transformers' own bfloat16 reaches: it misses two.
+    In bfloat16 some answers hang on how a sum is rounded, which differs from CPU to CPU; transformers itself has 376
+    right in float32 and 374 in bfloat16. A server in bfloat16 may lie between the two, or one beside.
 
     Args:
         url: of the server.
         rendered: what the server makes of a question before it comes to the chat template.
         model: the name that the server has for it.
+        dtype: of the server.
     """
     asked = held_out(QUESTIONS)
     with ThreadPoolExecutor(64) as pool:
         texts = list(pool.map(lambda q: ask(url, q, model=model), asked))
     ours = score(asked, texts)
-    theirs = score(asked, answers([rendered(q) for q in asked]))
-    assert theirs > QUESTIONS / 2  # the model knows its tasks, so a broken state would show
-    assert abs(ours - theirs) <= QUESTIONS // 500
+    put = [rendered(q) for q in asked]
+    theirs = [score(asked, answers(put))]
+    assert theirs[0] > QUESTIONS / 2  # the model knows its tasks, so a broken state would show
+    slack = QUESTIONS // 500
+    if dtype != torch.float32 and abs(ours - theirs[0]) > slack:  # else no need to compute it
+        theirs.append(score(asked, answers(put, dtype)))
+    assert min(theirs) - slack <= ours <= max(theirs) + slack
 
 
 def streamed_answers_are_the_whole_ones(url: str) -> None:

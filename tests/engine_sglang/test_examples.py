@@ -3,6 +3,7 @@
 import example_runs
 import pytest
 import serving_checks
+import torch
 from serving import rendered
 
 from lfm2_plugin.cli.demo import NAME
@@ -21,7 +22,9 @@ def test_the_demo_answers_right_and_names_our_class(demo: tuple[str, str]):
 
 
 def test_accuracy_in_bfloat16(demo: tuple[str, str]):
-    serving_checks.answers_under_64_concurrent_requests(demo[0], rendered, model=NAME)
+    serving_checks.answers_under_64_concurrent_requests(
+        demo[0], rendered, model=NAME, dtype=torch.bfloat16
+    )
 
 
 def test_openai_client(demo: tuple[str, str]):

@@ -39,7 +39,7 @@ def test_heads_that_can_not_be_divided(run):
 
 @pytest.mark.parametrize("method", ["fp8", "experts_int8"])
 def test_unsupported_quantisation(run, method):
-    """A method that vLLM knows and has no kernels for on a CPU without AMX."""
+    """Quantisation while loading, for which vLLM has no kernels on a CPU, whether with AMX or without."""
     text = refused(run, "small", {"dtype": "bfloat16", "quantization": method})
     assert "vLLM has no kernel for experts quantised by" in text
     assert "Serve the unquantised checkpoint" in text

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lfm2_plugin import dispatch
-from vllm_model.conv_state import ConvStateBackend
+from vllm_model import conv_state
+from vllm_model.conv_state import ConvStateBackend, ConvStepMetadataBuilder
 from vllm_model.short_conv import Lfm2ShortConv
 
 
@@ -32,3 +33,17 @@ def test_batch_invariance_is_declared_of_our_operator_only(monkeypatch, ops, dec
     assert ConvStateBackend.supports_batch_invariance()  # on this CPU it is always ours
     monkeypatch.setattr("vllm_model.conv_state.on_cpu", lambda: False)
     assert ConvStateBackend.supports_batch_invariance() is declared
+
+
+@pytest.mark.parametrize(("ops", "made"), [("auto", True), ("triton", False)])
+def test_program_ids_are_made_for_the_engines_kernels_only(monkeypatch, ops, made):
+    monkeypatch.setenv(dispatch.ENV, ops)
+    monkeypatch.setattr(conv_state, "on_cpu", lambda: False)
+    monkeypatch.setattr(conv_state.ShortConvAttentionMetadataBuilder, "__init__", lambda *_: None)
+    monkeypatch.setattr(conv_state, "MambaPrefillCheckpointBuilder", lambda *_: None)
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(mamba_cache_mode="none"),
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+    )
+    builder = ConvStepMetadataBuilder(None, [], config, torch.device("cpu"))
+    assert builder.needs_causal_conv1d_metadata is made

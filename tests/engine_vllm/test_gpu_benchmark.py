@@ -1,0 +1,13 @@
+"""The GPU benchmark calls the engine's own kernels right, and they give what ours give; in Triton's interpreter."""
+
+import pytest
+from builtin_kernels import CASES, compared
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+def test_the_built_ins_kernels_are_ours_to_the_state():
+    said = compared("vllm")
+    assert [line for line in said.splitlines() if line.startswith("equal")] == [
+        f"equal: {case.name}" for case in CASES
+    ]
