@@ -38,7 +38,7 @@ def compared(engine: str) -> str:
 
 
 def as_handles(compute: Callable[..., tuple]) -> Callable[..., tuple]:
-    """vLLM exchanges arguments of a launch as its grid is computed; by then the interpreter has made handles of them."""
+    """vLLM exchanges arguments of a launch as its grid is computed, when the interpreter has handles of them."""
     kept = []
 
     def computed(*arguments: object, **options: object) -> tuple:
@@ -53,7 +53,7 @@ def as_handles(compute: Callable[..., tuple]) -> Callable[..., tuple]:
 
 
 def reveal_vllm() -> None:
-    """vLLM for CPUs has its Triton kernels and hides them: it wants a Triton for CPUs, and has others in their place."""
+    """vLLM for CPUs has its Triton kernels and hides them: it wants a Triton for CPUs and has others there."""
     from triton.backends import backends
 
     backends["cpu"] = SimpleNamespace(driver=None)
