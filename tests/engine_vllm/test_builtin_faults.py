@@ -164,12 +164,12 @@ def test_routing_epsilon_and_padding_rows(run):
 
 @shown
 def test_pipeline_stage_without_an_expert_layer_is_refused(run):
-    step, asked = ask("staged")
+    """That ours serves it is shown in ``test_parallel.py``, where the same model is cut 3,3."""
+    step, _ = ask("staged")
     engine = {**COMPILED, "pipeline_parallel_size": 2}
     builtin = run.outcome("staged", engine, [step], env=BUILTIN)
     assert builtin.error
     assert "No Lfm2MoeSparseMoeBlock layer found" in builtin.log
-    assert_same(run("staged", engine, [step])["steps"][0], asked)
 
 
 @shown

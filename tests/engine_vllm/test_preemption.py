@@ -2,6 +2,7 @@
 
 import pytest
 from references import assert_bf16, assert_same, cases
+from releases import slow
 
 pytestmark = pytest.mark.engine
 
@@ -10,10 +11,10 @@ pytestmark = pytest.mark.engine
     ("model", "dtype", "cache"),
     [
         ("alpha", "float32", False),
-        ("alpha", "float32", True),
-        ("beta", "float32", False),
-        ("beta", "float32", True),
-        ("alpha-calm", "bfloat16", True),
+        slow("alpha", "float32", True),
+        slow("beta", "float32", False),
+        slow("beta", "float32", True),
+        slow("alpha-calm", "bfloat16", True),
     ],
 )
 def test_preempted_requests_answer_the_same(run, model, dtype, cache):

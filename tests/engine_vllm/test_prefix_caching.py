@@ -4,6 +4,7 @@ import pytest
 import torch
 from conversations import ANSWER, conversations, hits, shared_beginnings
 from references import assert_same, cases
+from releases import slow
 from tolerances import BOUNDS
 
 pytestmark = pytest.mark.engine
@@ -12,7 +13,7 @@ CACHE = {"dtype": "float32", "enable_prefix_caching": True}
 
 
 @pytest.mark.parametrize("block", [32, 128])
-@pytest.mark.parametrize("model", ["alpha", pytest.param("beta", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["alpha", slow("beta")])
 def test_turns_and_shared_beginnings(run, model, block):
     """In one engine: five turns of twelve conversations, then a shared system prompt, alone and
     together, then the 200 prompts twice, when the second time finds the first's blocks."""
@@ -40,7 +41,7 @@ def test_turns_and_shared_beginnings(run, model, block):
     assert hits(result[8]) > hits(result[7])
 
 
-@pytest.mark.parametrize("budget", [32, 200])
+@pytest.mark.parametrize("budget", [32, slow(200)])
 def test_chunked_prefill_with_cache(run, budget):
     engine = {**CACHE, "block_size": 32, "max_num_batched_tokens": budget, "max_num_seqs": 16}
     step = {"prompts": [c.prompt for c in cases("alpha")]}

@@ -2,12 +2,9 @@
 
 import pytest
 from references import assert_bf16, assert_same, cases
+from releases import slow
 
 pytestmark = pytest.mark.engine
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def ngram(count: int) -> dict:
@@ -41,7 +38,11 @@ def assert_drafts_were_used(metrics: dict[str, float], share: float = 0.0) -> No
     [
         ("demo", 3, 0.1),  # copies much of its prompts
         *[slow("demo", count, 0.1) for count in (1, 2, 5, 8)],
-        *[("alpha", 3, 0), ("beta", 4, 0), slow("beta", 7, 0)],  # random: nearly all is rejected
+        *[
+            slow("alpha", 3, 0),
+            slow("beta", 4, 0),
+            slow("beta", 7, 0),
+        ],  # random: nearly all is rejected
     ],
 )
 def test_tokens_are_those_of_the_model(run, model, count, share):

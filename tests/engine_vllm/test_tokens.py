@@ -3,6 +3,7 @@
 import pytest
 import torch
 from references import NEW_TOKENS, assert_bf16, assert_same, bf16_view, cases
+from releases import slow
 from tolerances import HALF_PRECISION_ERROR_RATIO
 
 pytestmark = pytest.mark.engine
@@ -28,7 +29,7 @@ def test_alone_and_in_mixed_batches(run, model):
     assert together == 64
 
 
-@pytest.mark.parametrize("model", ["alpha", "beta", pytest.param("demo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["alpha", *(slow(m) for m in ("beta", "demo"))])
 def test_compiled(run, model):
     step = {"prompts": prompts_of(model)}
     result = run(model, {"dtype": "float32", "enforce_eager": False, **NO_CACHE}, [step])
@@ -50,7 +51,7 @@ def test_chunked_prefill(run, model, budget):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
     "model",
-    ["alpha-calm", *(pytest.param(m, marks=pytest.mark.slow) for m in ("beta-calm", "demo"))],
+    ["alpha-calm", *(slow(m) for m in ("beta-calm", "demo"))],
 )
 def test_bfloat16(run, model, compiled):
     """Decoding, and on forced text (prefill): no further from float32 than twice transformers' bf16."""
