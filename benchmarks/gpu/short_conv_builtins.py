@@ -24,16 +24,10 @@ def vllm_kernels(batch: ConvBatch) -> Run:
         causal_conv1d_fn,
         causal_conv1d_update,
     )
-    from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
 
     d = batch.num_decodes
-    metadata = None
     starts = batch.query_start[d:] - batch.query_start[d]
-    if batch.num_prefills:
-        nums, rows, offsets = compute_causal_conv1d_metadata(
-            starts.cpu(), device=batch.slots.device
-        )
-        metadata = SimpleNamespace(nums_dict=nums, batch_ptr=rows, token_chunk_offset_ptr=offsets)
+    metadata = vllm_programs(starts) if batch.num_prefills else None
 
     def run(bcx: torch.Tensor, weight: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         b, c, x = bcx.chunk(3, dim=-1)
@@ -68,26 +62,45 @@ def vllm_kernels(batch: ConvBatch) -> Run:
     return run
 
 
-def sglang_kernels(batch: ConvBatch) -> Run:
+def vllm_programs(starts: torch.Tensor) -> SimpleNamespace:
+    """What vLLM's kernel for prompts is told, from ``starts`` (S + 1,) int32: the piece of a prompt of each program."""
+    from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
+
+    nums, rows, offsets = compute_causal_conv1d_metadata(starts.cpu(), device=starts.device)
+    return SimpleNamespace(nums_dict=nums, batch_ptr=rows, token_chunk_offset_ptr=offsets)
+
+
+def sglang_kernels(batch: ConvBatch, fused: bool | None = None) -> Run:
     """One fused kernel where SGLang has one (compute capability 9.0, bfloat16, 2,048 channels, three taps), else three
     or four. A decode beside prompts is an extension by one token.
+
+    Args:
+        batch: the step.
+        fused: whether the fused ones run; None asks SGLang.
 
     Raises:
         ImportError: SGLang is not installed.
     """
-    from sglang.kernels.ops.mamba import lfm_short_conv as fused
+    from sglang.kernels.ops.mamba.lfm_short_conv import (
+        can_dispatch_fused_lfm_short_conv,
+        fused_lfm_short_conv_decode,
+        fused_lfm_short_conv_prefill,
+    )
     from sglang.srt.layers.attention.mamba.causal_conv1d import (
         causal_conv1d_fn,
         causal_conv1d_update,
     )
+
+    def is_fused(*inputs: torch.Tensor | None) -> bool:
+        return can_dispatch_fused_lfm_short_conv(*inputs) if fused is None else fused
 
     slots = batch.slots.long()
     longest = int(batch.query_start.diff().max())
 
     def decode(bcx: torch.Tensor, weight: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         b, c, x = bcx.chunk(3, dim=-1)
-        if fused.can_dispatch_fused_lfm_short_conv(b, c, x, weight, None, state):
-            return fused.fused_lfm_short_conv_decode(b, c, x, weight, state, slots)
+        if is_fused(b, c, x, weight, None, state):
+            return fused_lfm_short_conv_decode(b, c, x, weight, state, slots)
         return c * causal_conv1d_update(
             b * x, state, weight, None, activation=None, conv_state_indices=slots
         )
@@ -95,8 +108,8 @@ def sglang_kernels(batch: ConvBatch) -> Run:
     def extend(bcx: torch.Tensor, weight: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         b, c, x = bcx.chunk(3, dim=-1)
         starts, has_state = batch.query_start, batch.has_initial_state
-        if fused.can_dispatch_fused_lfm_short_conv(b, c, x, weight, None, state):
-            return fused.fused_lfm_short_conv_prefill(
+        if is_fused(b, c, x, weight, None, state):
+            return fused_lfm_short_conv_prefill(
                 b, c, x, weight, state, starts, slots, has_state, longest
             )
         mixed = causal_conv1d_fn(

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -14,8 +15,9 @@ from interpreter_mends import mend
 from triton.runtime.interpreter import _implicit_cvt
 
 from benchmarks.gpu import short_conv as benchmark
+from benchmarks.gpu import short_conv_builtins
 from benchmarks.gpu.short_conv import Case
-from benchmarks.gpu.short_conv_builtins import BUILTINS
+from benchmarks.gpu.short_conv_builtins import Run, sglang_kernels
 
 CASES = (
     Case("decodes", decodes=3),
@@ -37,22 +39,22 @@ def compared(engine: str) -> str:
     return done.stdout
 
 
-def as_handles(compute: Callable[..., tuple]) -> Callable[..., tuple]:
+def with_handles(compute: Callable[..., SimpleNamespace]) -> Callable[..., SimpleNamespace]:
     """vLLM exchanges arguments of a launch as its grid is computed, when the interpreter has handles of them."""
-    kept = []
+    kept = []  # the tensors behind the handles
 
-    def computed(*arguments: object, **options: object) -> tuple:
-        nums, *others = compute(*arguments, **options)
-        for entry in nums.values():
+    def computed(starts: torch.Tensor) -> SimpleNamespace:
+        programs = compute(starts)
+        for entry in programs.nums_dict.values():
             for name in ("batch_ptr", "token_chunk_offset_ptr"):
                 kept.append(entry[name])
                 entry[name] = _implicit_cvt(entry[name])
-        return nums, *others
+        return programs
 
     return computed
 
 
-def reveal_vllm() -> None:
+def vllm_kernels_found() -> Callable[..., Run]:
     """vLLM for CPUs has its Triton kernels and hides them: it wants a Triton for CPUs and has others there."""
     from triton.backends import backends
 
@@ -61,34 +63,25 @@ def reveal_vllm() -> None:
 
     kind = type(current_platform)
     is_cpu, kind.is_cpu = kind.is_cpu, lambda *_: False
-    import vllm.v1.attention.backends.utils as vllm_utils
     from vllm.model_executor.layers.mamba.ops import causal_conv1d
 
     kind.is_cpu = is_cpu
     assert causal_conv1d.causal_conv1d_fn.__module__ == causal_conv1d.__name__
-    vllm_utils.compute_causal_conv1d_metadata = as_handles(
-        vllm_utils.compute_causal_conv1d_metadata
-    )
+    short_conv_builtins.vllm_programs = with_handles(short_conv_builtins.vllm_programs)
     # They multiply in their inputs' dtype, and the interpreter has no bfloat16.
     benchmark.DTYPE, benchmark.BOUND = torch.float32, 1e-6
-
-
-def reveal_sglang() -> None:
-    """SGLang's fused kernels are for one GPU and 2,048 channels; its others are compiled."""
-    from sglang.kernels.ops.mamba import lfm_short_conv
-
-    lfm_short_conv.can_dispatch_fused_lfm_short_conv = lambda *_: True
+    return short_conv_builtins.vllm_kernels
 
 
 def main(engine: str) -> None:
     mend()
-    {"vllm": reveal_vllm, "sglang": reveal_sglang}[engine]()
+    kernels = vllm_kernels_found() if engine == "vllm" else partial(sglang_kernels, fused=True)
     benchmark.D = 64
     for case in CASES:
         bcx, weight, state = benchmark.make_inputs(case, "cpu", engine)
         batch = benchmark.make_batch(case, "cpu")
         before = state.clone()
-        benchmark.compare(case, bcx, weight, state, batch, BUILTINS[engine](batch))
+        benchmark.compare(case, bcx, weight, state, batch, kernels(batch))
         assert torch.equal(state, before), "a comparison moved the states on"
         print("equal:", case.name)
 
