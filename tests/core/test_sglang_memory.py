@@ -128,13 +128,13 @@ def test_tokens_are_bounded_on_a_cpu_only_and_where_the_user_does_not(said: dict
 
 
 def test_tables_name_both_sides():
-    plan = Plan("m", 2**30, 0.83, 99, 2**20, 5, 1_000_000, 50, 20)
-    ours = Plan("m", 2**30, 0.83, 9, 2**20, 5, 2_000_000, 80, 30)
+    plan = Plan("m", 2**30, 0.83, 99, 2**20, 5, 1_000_000, 50, 256, 20)
+    ours = Plan("m", 2**30, 0.83, 9, 2**20, 5, 2_000_000, 80, 64, 30)
     text = table({"builtin": [plan], "ours": [ours]}, ["row"])
     assert text.splitlines()[2] == (
-        "| row | 99 | 9 | 0.10 | 0.01 | 1,000,000 | 2,000,000 | 50 | 80 | 20 | 30 | 1.50 |"
+        "| row | 99 | 9 | 0.10 | 0.01 | 1,000,000 | 2,000,000 | 50 | 80 | 50 | 64 | 20 | 30 | 1.50 |"
     )
-    assert "| 99 | 0.10 | 1,000,000 | 50 | 20 |" in laptop([plan, ours])
+    assert "| 99 | 0.10 | 1,000,000 | 50 | 50 | 20 |" in laptop([plan, ours])
 
 
 def test_the_figures_kept_in_the_repository_make_the_promise():
