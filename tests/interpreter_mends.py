@@ -1,8 +1,11 @@
-"""Two things that Triton's interpreter does unlike any GPU, put right; without them a kernel can't be tried in it."""
+"""Two things that Triton's interpreter does unlike any GPU, put right; without them a kernel can't be tried in it. And
+what lets vLLM try its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,13 @@ def mend() -> None:
     MODULE._convert_float = rounding(MODULE._convert_float)
     builder.create_masked_load = with_masks_of_bits(builder.create_masked_load, place=1)
     builder.create_masked_store = with_masks_of_bits(builder.create_masked_store, place=2)
+
+
+def stand_in_for_triton_cpu() -> None:
+    """Before vLLM is imported: let its builds for CPUs use Triton, which they do where it has a backend for CPUs."""
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=None)
 
 
 def rounding(convert: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:

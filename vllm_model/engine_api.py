@@ -85,6 +85,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
+from vllm.triton_utils import HAS_TRITON
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.attention.backends.short_conv_attn import (
@@ -270,9 +271,9 @@ def conv_copy_funcs() -> tuple[MambaStateCopyFunc, ...]:
 
 
 def speculation_needs_triton(vllm_config: VllmConfig) -> bool:
-    """Whether a step would call Triton kernels of the runner that a CPU doesn't have: drafts with an aligned cache."""
+    """Whether a step would call Triton kernels of the runner that aren't there: drafts with an aligned cache."""
     return (
-        on_cpu()
+        not HAS_TRITON
         and vllm_config.num_speculative_tokens > 0
         and vllm_config.cache_config.mamba_cache_mode == "align"
     )

@@ -59,8 +59,8 @@ def check_support(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
         )
     if speculation_needs_triton(vllm_config):
         raise ValueError(
-            "On a CPU vLLM can't combine speculative decoding with prefix caching for a model with conv states: its "
-            "runner copies the states with Triton kernels. Add --no-enable-prefix-caching "
+            "Without Triton vLLM can't combine speculative decoding with prefix caching for a model with conv states: "
+            "its runner copies the states with Triton kernels. Add --no-enable-prefix-caching "
             "(enable_prefix_caching=False), or leave out --speculative-config."
         )
 

@@ -11,7 +11,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from interpreter_mends import mend
+from interpreter_mends import mend, stand_in_for_triton_cpu
 from triton.runtime.interpreter import _implicit_cvt
 
 from benchmarks.gpu import short_conv as benchmark
@@ -56,9 +56,7 @@ def with_handles(compute: Callable[..., SimpleNamespace]) -> Callable[..., Simpl
 
 def vllm_kernels_found() -> Callable[..., Run]:
     """vLLM for CPUs has its Triton kernels and hides them: it wants a Triton for CPUs and has others there."""
-    from triton.backends import backends
-
-    backends["cpu"] = SimpleNamespace(driver=None)
+    stand_in_for_triton_cpu()
     from vllm.platforms import current_platform
 
     kind = type(current_platform)

@@ -75,10 +75,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that an engine prints may reach the protocol
     sys.path.insert(0, sys.argv[1])
-    warm = importlib.import_module("warm")
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.path.append(str(Path(__file__).parents[1]))
         importlib.import_module("interpreter_mends").mend()
+    warm = importlib.import_module("warm")
     print(json.dumps({"ready": warm.VERSION}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)

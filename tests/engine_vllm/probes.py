@@ -4,9 +4,16 @@ Each takes the model and returns plain JSON. They look at what can't be seen fro
 unwritten, the router's arithmetic, scales that a layer holds.
 """
 
+import sys
+
 import torch
 
 POISON = float("nan")
+
+
+def has_v2_runner(model) -> bool:
+    """Whether this process has vLLM's runner V2, which is imported where it runs."""
+    return "vllm.v1.worker.cpu.model_runner" in sys.modules
 
 
 def conv_layers(model) -> list:

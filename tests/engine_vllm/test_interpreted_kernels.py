@@ -1,11 +1,16 @@
-"""vLLM's real steps through the kernels for GPUs, in Triton's interpreter: the reference's tokens."""
+"""vLLM's real steps through kernels for GPUs, in Triton's interpreter: the reference's tokens.
+
+The kernels are ours and those of vLLM's runners: V1, which all other tests have, and V2, the default on GPUs.
+"""
 
 import pytest
 from interpreted import TOKENS, asked, assert_same_beginnings
+from references import assert_same, cases
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+RUNNERS = {"V1": "0", "V2": "1"}
 MODES = {
     # Chunks beside decodes, and checkpoints for the prefix cache, which the second round finds.
     "prefix cache, chunked": {
@@ -17,16 +22,48 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("engine", MODES.values(), ids=MODES)
-def test_tokens(interpreting_run, engine):
+def on_runner(runner: str, **env: str) -> dict[str, str]:
+    return {"VLLM_USE_V2_MODEL_RUNNER": RUNNERS[runner], **env}
+
+
+@pytest.mark.parametrize(
+    ("engine", "runner"), zip(MODES.values(), ("V2", "V1"), strict=True), ids=MODES
+)
+def test_tokens(interpreting_run, engine, runner):
     prompts = asked("beta")
     step = {"prompts": [c.prompt for c in prompts], "params": {"max_tokens": TOKENS}}
     probe = {"op": "probe", "name": "kernels_in_use", "module": "kernel_probes"}
     steps = [step, step, probe]
     options = {"dtype": "float32", "max_num_seqs": 4, **engine}
-    first, second, kernels = interpreting_run("beta", options, steps)["steps"]
+    first, second, kernels = interpreting_run("beta", options, steps, env=on_runner(runner))[
+        "steps"
+    ]
     assert_same_beginnings(first, prompts)
     assert_same_beginnings(second, prompts)
     assert kernels == ["router", "short_conv"]
     if engine.get("enable_prefix_caching"):
         assert any(out["cached"] for out in second)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_drafts_beside_the_prefix_cache(interpreting_run, runner):
+    """The runner's kernels copy a state on, accepted drafts and all, where a block ends; our operator is native."""
+    prompts = [case for case in cases("demo") if len(case.prompt) <= 300][::16]
+    step = {"prompts": [case.prompt for case in prompts]}
+    probe = {"op": "probe", "name": "has_v2_runner"}
+    options = {
+        "dtype": "float32",
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "block_size": 32,
+        "enable_prefix_caching": True,
+        "speculative_config": DRAFTS,
+    }
+    env = on_runner(runner, LFM2_PLUGIN_OPS="auto")
+    result = interpreting_run("demo", options, [step, step, probe], env=env)
+    first, second, has_v2 = result["steps"]
+    assert has_v2 is (runner == "V2")
+    assert_same(first, prompts)
+    assert_same(second, prompts)
+    assert any(out["cached"] for out in second)
+    assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 20

@@ -1,5 +1,12 @@
 """What the fork server imports before the first job: vLLM."""
 
+import os
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter_mends import stand_in_for_triton_cpu
+
+    stand_in_for_triton_cpu()
+
 import vllm
 import vllm.entrypoints.llm
 import vllm.v1.engine.core
