@@ -14,8 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from engines import SHARED
-from shared_cache import computed_once
+
+from tests.engine_common.engines import SHARED
+from tests.engine_common.shared_cache import computed_once
 
 BATCH_TOKENS = 4096  # tokens of one prefill batch
 

@@ -1,7 +1,8 @@
 """The GPU benchmark calls the engine's own kernels right, and they give what ours give; in Triton's interpreter."""
 
 import pytest
-from builtin_kernels import CASES, compared
+
+from tests.engine_common.builtin_kernels import CASES, compared
 
 pytestmark = pytest.mark.engine
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import altered, checkpoint
-from hf_reference import load
-from references import NEW_TOKENS, assert_same, cases
-from tolerances import assert_within
+
+from tests.engine_common.checkpoints import altered, checkpoint
+from tests.engine_common.hf_reference import load
+from tests.engine_common.references import NEW_TOKENS, assert_same, cases
+from tests.tolerances import assert_within
 
 pytestmark = pytest.mark.engine
 
@@ -64,7 +65,12 @@ def test_drafters_get_what_the_layers_saw(engine, method, layers, inputs):
     asked, found = engine(
         "alpha",
         [
-            {"op": "probe", "module": "interface_jobs", "name": "capture", **arguments},
+            {
+                "op": "probe",
+                "module": "tests.engine_sglang.interface_jobs",
+                "name": "capture",
+                **arguments,
+            },
             {"op": "hidden_states", "prompts": prompts},
         ],
         enable_return_hidden_states=True,
@@ -89,7 +95,11 @@ def layer_inputs(model: str, prompt: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("model", ["alpha", "beta"])
 def test_a_drafter_may_share_embedding_and_head(engine, model):
-    probe = {"op": "probe", "module": "interface_jobs", "name": "shared_with_a_drafter"}
+    probe = {
+        "op": "probe",
+        "module": "tests.engine_sglang.interface_jobs",
+        "name": "shared_with_a_drafter",
+    }
     (shapes,) = engine(model, [probe])
     config = load(checkpoint(model), torch.float32).config
     assert shapes == [[config.vocab_size, config.hidden_size]] * 2

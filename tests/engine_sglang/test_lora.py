@@ -6,14 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import ATTENTION, CONV, EXPERTS, MLP, adapted_cases, adapter, all_adapted_cases
-from checkpoints import checkpoint
-from hf_reference import teacher_forced
-from references import NEW_TOKENS, Case, cases, wrong
 from safetensors.torch import load_file, save_file
-from tolerances import HALF_PRECISION_ERROR_RATIO
 
 from lfm2_plugin.arch import Lfm2MoeArch
+from tests.engine_common.adapters import (
+    ATTENTION,
+    CONV,
+    EXPERTS,
+    MLP,
+    adapted_cases,
+    adapter,
+    all_adapted_cases,
+)
+from tests.engine_common.checkpoints import checkpoint
+from tests.engine_common.hf_reference import teacher_forced
+from tests.engine_common.references import NEW_TOKENS, Case, cases, wrong
+from tests.tolerances import HALF_PRECISION_ERROR_RATIO
 
 pytestmark = pytest.mark.engine
 

@@ -1,9 +1,9 @@
 """Several processes: tensor, expert and pipeline parallel give the tokens of one process."""
 
 import pytest
-from references import assert_bf16, assert_same, cases
 
 from sglang_model.engine_api import snapshots_can_run
+from tests.engine_common.references import assert_bf16, assert_same, cases
 
 pytestmark = pytest.mark.engine
 

@@ -1,10 +1,11 @@
 """A KV cache too small for the load: requests are retracted, computed again, and answer the same."""
 
 import pytest
-from checkpoints import altered, checkpoint
-from hf_reference import greedy
-from references import NEW_TOKENS, Case, assert_bf16, assert_same, cases
-from tolerances import CLEAR_MARGIN
+
+from tests.engine_common.checkpoints import altered, checkpoint
+from tests.engine_common.hf_reference import greedy
+from tests.engine_common.references import NEW_TOKENS, Case, assert_bf16, assert_same, cases
+from tests.tolerances import CLEAR_MARGIN
 
 pytestmark = pytest.mark.engine
 

@@ -4,8 +4,9 @@ The recording of kernels and its replay need one.
 """
 
 import pytest
-from references import NEW_TOKENS, assert_same, cases
-from releases import needs_newest
+
+from tests.engine_common.references import NEW_TOKENS, assert_same, cases
+from tests.engine_sglang.releases import needs_newest
 
 pytestmark = [pytest.mark.engine, needs_newest]
 
@@ -14,7 +15,7 @@ COUNT = 60
 
 
 def probe(name: str) -> dict:
-    return {"op": "probe", "module": "prefill_graph_jobs", "name": name}
+    return {"op": "probe", "module": "tests.engine_sglang.prefill_graph_jobs", "name": name}
 
 
 def test_sglang_accepts_the_model_where_the_user_wants_the_graphs(run):

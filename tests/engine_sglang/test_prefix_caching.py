@@ -4,13 +4,20 @@ import random
 
 import pytest
 import torch
-from conversations import ANSWER, answered, clear, conversations, hits, shared_beginnings
-from prompts import fresh_tokens
-from references import Case, assert_same, cases, vocabulary
-from releases import needs_snapshots
-from tolerances import BOUNDS
 
 from sglang_model.config import SNAPSHOT_GRID
+from tests.engine_common.conversations import (
+    ANSWER,
+    answered,
+    clear,
+    conversations,
+    hits,
+    shared_beginnings,
+)
+from tests.engine_common.prompts import fresh_tokens
+from tests.engine_common.references import Case, assert_same, cases, vocabulary
+from tests.engine_sglang.releases import needs_snapshots
+from tests.tolerances import BOUNDS
 
 pytestmark = pytest.mark.engine
 

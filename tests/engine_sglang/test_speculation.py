@@ -5,14 +5,21 @@ from itertools import pairwise
 
 import pytest
 import torch
-from adapters import ATTENTION, CONV, EXPERTS, MLP, adapter
-from checkpoints import altered, checkpoint
-from conversations import conversations
-from hf_reference import greedy, load
-from references import NEW_TOKENS, Case, assert_bf16, assert_same, cases, vocabulary
-from tolerances import BOUNDS, CLEAR_MARGIN
 
 from sglang_model.engine_api import platforms_bring_workers
+from tests.engine_common.adapters import ATTENTION, CONV, EXPERTS, MLP, adapter
+from tests.engine_common.checkpoints import altered, checkpoint
+from tests.engine_common.conversations import conversations
+from tests.engine_common.hf_reference import greedy, load
+from tests.engine_common.references import (
+    NEW_TOKENS,
+    Case,
+    assert_bf16,
+    assert_same,
+    cases,
+    vocabulary,
+)
+from tests.tolerances import BOUNDS, CLEAR_MARGIN
 
 pytestmark = pytest.mark.engine
 needs_worker = pytest.mark.skipif(

@@ -6,8 +6,16 @@ there gives the same tokens in both engines.
 
 import pytest
 import torch
-from references import NEW_TOKENS, Case, assert_bf16, assert_same, bf16_view, cases
-from tolerances import HALF_PRECISION_ERROR_RATIO
+
+from tests.engine_common.references import (
+    NEW_TOKENS,
+    Case,
+    assert_bf16,
+    assert_same,
+    bf16_view,
+    cases,
+)
+from tests.tolerances import HALF_PRECISION_ERROR_RATIO
 
 pytestmark = pytest.mark.engine
 

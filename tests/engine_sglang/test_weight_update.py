@@ -1,10 +1,11 @@
 """Weights that are replaced while an engine serves: the tokens are those of the new checkpoint, then the old."""
 
 import pytest
-from checkpoints import altered, checkpoint
-from hf_reference import greedy
-from references import NEW_TOKENS, Case, assert_same, cases
-from tolerances import CLEAR_MARGIN
+
+from tests.engine_common.checkpoints import altered, checkpoint
+from tests.engine_common.hf_reference import greedy
+from tests.engine_common.references import NEW_TOKENS, Case, assert_same, cases
+from tests.tolerances import CLEAR_MARGIN
 
 pytestmark = pytest.mark.engine
 

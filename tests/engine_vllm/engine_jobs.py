@@ -18,7 +18,7 @@ DEFAULTS = {
     "enforce_eager": True,
     "skip_tokenizer_init": True,
     "disable_log_stats": False,
-    "scheduler_cls": "step_recorder.RecordingScheduler",
+    "scheduler_cls": "tests.engine_vllm.step_recorder.RecordingScheduler",
 }
 
 
@@ -146,7 +146,7 @@ def kv_groups(llm: LLM) -> list[dict]:
     ]
 
 
-def probe(llm: LLM, name: str, module: str = "probes") -> Any:
+def probe(llm: LLM, name: str, module: str = "tests.engine_vllm.probes") -> Any:
     """What ``<module>.<name>`` finds on the model of the first worker."""
     return llm.apply_model(getattr(importlib.import_module(module), name))[0]
 

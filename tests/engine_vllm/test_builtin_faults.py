@@ -8,10 +8,11 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from checkpoints import altered, checkpoint
-from engines import BUILTIN
-from references import assert_same, cases, wrong
-from tolerances import assert_within
+
+from tests.engine_common.checkpoints import altered, checkpoint
+from tests.engine_common.engines import BUILTIN
+from tests.engine_common.references import assert_same, cases, wrong
+from tests.tolerances import assert_within
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -4,8 +4,9 @@ The kernels are ours and those of vLLM's runners: V1, which all other tests have
 """
 
 import pytest
-from interpreted import TOKENS, asked, assert_same_beginnings
-from references import assert_same, cases
+
+from tests.engine_common.interpreted import TOKENS, asked, assert_same_beginnings
+from tests.engine_common.references import assert_same, cases
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -32,7 +33,7 @@ def on_runner(runner: str, **env: str) -> dict[str, str]:
 def test_tokens(interpreting_run, engine, runner):
     prompts = asked("beta")
     step = {"prompts": [c.prompt for c in prompts], "params": {"max_tokens": TOKENS}}
-    probe = {"op": "probe", "name": "kernels_in_use", "module": "kernel_probes"}
+    probe = {"op": "probe", "name": "kernels_in_use", "module": "tests.engine_common.kernel_probes"}
     steps = [step, step, probe]
     options = {"dtype": "float32", "max_num_seqs": 4, **engine}
     first, second, kernels = interpreting_run("beta", options, steps, env=on_runner(runner))[

@@ -1,8 +1,17 @@
 """Adapters made by PEFT answer like the model they were merged into; the base model stays as it was."""
 
 import pytest
-from adapters import ATTENTION, CONV, EXPERTS, MLP, adapted_cases, adapter, all_adapted_cases
-from references import assert_same, cases, wrong
+
+from tests.engine_common.adapters import (
+    ATTENTION,
+    CONV,
+    EXPERTS,
+    MLP,
+    adapted_cases,
+    adapter,
+    all_adapted_cases,
+)
+from tests.engine_common.references import assert_same, cases, wrong
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

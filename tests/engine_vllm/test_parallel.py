@@ -1,11 +1,11 @@
 """Several processes: tensor, pipeline and expert parallel give the tokens of one process."""
 
 import pytest
-from checkpoints import checkpoint
-from references import assert_bf16, assert_same, cases
-from serving import served
 
 from lfm2_plugin.cli.server import ServerFailed
+from tests.engine_common.checkpoints import checkpoint
+from tests.engine_common.references import assert_bf16, assert_same, cases
+from tests.engine_vllm.serving import served
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -1,8 +1,9 @@
 """A KV cache too small for the load: requests are preempted, computed again, and answer the same."""
 
 import pytest
-from references import assert_bf16, assert_same, cases
-from releases import slow
+
+from tests.engine_common.references import assert_bf16, assert_same, cases
+from tests.engine_vllm.releases import slow
 
 pytestmark = pytest.mark.engine
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conversations import ANSWER, conversations, hits, shared_beginnings
-from references import assert_same, cases
-from releases import slow
-from tolerances import BOUNDS
+
+from tests.engine_common.conversations import ANSWER, conversations, hits, shared_beginnings
+from tests.engine_common.references import assert_same, cases
+from tests.engine_vllm.releases import slow
+from tests.tolerances import BOUNDS
 
 pytestmark = pytest.mark.engine
 

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import make_config
 
 from lfm2_plugin.register import ARCHITECTURE, VLLM_CLASS
+from tests.tiny import make_config
 
 pytestmark = pytest.mark.engine
 

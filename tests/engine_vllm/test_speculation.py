@@ -1,8 +1,9 @@
 """n-gram speculation: drafts are made and accepted, and the tokens are those of the model alone."""
 
 import pytest
-from references import assert_bf16, assert_same, cases
-from releases import slow
+
+from tests.engine_common.references import assert_bf16, assert_same, cases
+from tests.engine_vllm.releases import slow
 
 pytestmark = pytest.mark.engine
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from references import NEW_TOKENS, assert_bf16, assert_same, bf16_view, cases
-from releases import slow
-from tolerances import HALF_PRECISION_ERROR_RATIO
+
+from tests.engine_common.references import NEW_TOKENS, assert_bf16, assert_same, bf16_view, cases
+from tests.engine_vllm.releases import slow
+from tests.tolerances import HALF_PRECISION_ERROR_RATIO
 
 pytestmark = pytest.mark.engine
 

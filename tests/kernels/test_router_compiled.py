@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from gpu_code import compiled
 
 from lfm2_plugin.ops.router.triton import TOKENS
+from tests.kernels.gpu_code import compiled
 
 EXPERTS = (8, 16, 32, 64, 128)
 VARIANTS = {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import Watch
-from tolerances import assert_within
 
 from lfm2_plugin.ops.router import route_naive
 from lfm2_plugin.ops.router.triton import TOKENS, route_triton
+from tests.kernels.interpreter import Watch
+from tests.tolerances import assert_within
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(0, 4, 2), (1, 1, 1), (1, 8, 2), (5, 6, 6), (TOKENS, 16, 4), (TOKENS + 1, 32, 4)]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from gpu_code import compiled
 
 from lfm2_plugin.ops.short_conv.triton import CHANNELS, ROWS
+from tests.kernels.gpu_code import compiled
 
 # The published models; the taps lie tap after tap, the states channel after channel ("vLLM"), or the two columns of
 # each channel side by side, taken as one integer ("SGLang") or not ("columns apart").

@@ -6,13 +6,13 @@ import random
 
 import pytest
 import torch
-from gpu_code import compiled
-from interpreter import Watch, in_order
-from short_conv_steps import DTYPES, same_bits
-from tolerances import assert_within
 
 from lfm2_plugin.ops.short_conv_drafts import branches, chain, short_conv_drafts_naive, triton
 from lfm2_plugin.ops.short_conv_drafts.triton import CHANNELS, short_conv_drafts_triton
+from tests.kernels.gpu_code import compiled
+from tests.kernels.interpreter import Watch, in_order
+from tests.short_conv_steps import DTYPES, same_bits
+from tests.tolerances import assert_within
 
 # S, q, K, D
 SHAPES = [

@@ -8,8 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreter import Watch, in_order
-from short_conv_steps import (
+
+from lfm2_plugin.ops.short_conv import short_conv_naive, triton
+from lfm2_plugin.ops.short_conv.triton import ROWS, short_conv_triton
+from tests.kernels.interpreter import Watch, in_order
+from tests.short_conv_steps import (
     CASES,
     COMPANY,
     DTYPES,
@@ -19,10 +22,7 @@ from short_conv_steps import (
     make_step,
     same_bits,
 )
-from tolerances import assert_within
-
-from lfm2_plugin.ops.short_conv import short_conv_naive, triton
-from lfm2_plugin.ops.short_conv.triton import ROWS, short_conv_triton
+from tests.tolerances import assert_within
 
 LARGE = [
     Case("long-prefill", prefills=[3 * ROWS + 5], fresh=[0], checkpoints=[ROWS + 1]),
