@@ -16,7 +16,7 @@ from tests.engine_common.references import NEW_TOKENS, assert_same, cases, wrong
 from tests.engine_sglang.releases import needs_snapshots
 from tests.tolerances import assert_within
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
 FLOAT = {"dtype": "float32"}
 TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}

@@ -8,6 +8,7 @@ import torch
 from tests.engine_common.checkpoints import altered, checkpoint
 from tests.engine_common.hf_reference import load
 from tests.engine_common.references import NEW_TOKENS, assert_same, cases
+from tests.tiers import matrix
 from tests.tolerances import assert_within
 
 pytestmark = pytest.mark.engine
@@ -28,7 +29,7 @@ def engine(server):
     return start
 
 
-@pytest.mark.parametrize("model", ["alpha", "beta"])
+@pytest.mark.parametrize("model", ["alpha", matrix("beta")])
 def test_vectors_for_tokens(engine, model, tmp_path):
     """``input_embeds`` is used: the tokens' own vectors give the tokens' answers.
 
@@ -53,7 +54,7 @@ def test_vectors_for_tokens(engine, model, tmp_path):
 @pytest.mark.parametrize(
     ("method", "layers", "inputs"),
     [
-        ("set_eagle3_layers_to_capture", None, [2, 3]),
+        matrix("set_eagle3_layers_to_capture", None, [2, 3]),
         ("set_eagle3_layers_to_capture", [0, 4, 5], [1, 5, 6]),
         ("set_dflash_layers_to_capture", [1, 5], [2, 6]),
     ],
@@ -93,7 +94,7 @@ def layer_inputs(model: str, prompt: list[int]) -> torch.Tensor:
     return torch.stack([states[0] for states in seen], dim=1)
 
 
-@pytest.mark.parametrize("model", ["alpha", "beta"])
+@pytest.mark.parametrize("model", [matrix("alpha"), "beta"])
 def test_a_drafter_may_share_embedding_and_head(engine, model):
     probe = {
         "op": "probe",

@@ -7,6 +7,7 @@ import pytest
 
 from tests.engine_common.references import NEW_TOKENS, assert_same, cases
 from tests.engine_sglang.releases import needs_newest
+from tests.tiers import matrix
 
 pytestmark = [pytest.mark.engine, needs_newest]
 
@@ -36,7 +37,11 @@ def test_they_stay_off_where_nobody_wants_them(run):
 
 @pytest.mark.parametrize(
     "options",
-    [{"disable_radix_cache": True}, {}, {"chunked_prefill_size": 48, "enable_mixed_chunk": True}],
+    [
+        matrix({"disable_radix_cache": True}),
+        matrix({}),
+        {"chunked_prefill_size": 48, "enable_mixed_chunk": True},
+    ],
     ids=["no cache", "cache", "mixed"],
 )
 def test_padded_prefills_with_gaps_answer_the_same(run, options):

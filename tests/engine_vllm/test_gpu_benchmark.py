@@ -4,7 +4,7 @@ import pytest
 
 from tests.engine_common.builtin_kernels import CASES, compared
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
 
 def test_the_built_ins_kernels_are_ours_to_the_state():

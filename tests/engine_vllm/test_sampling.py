@@ -9,7 +9,7 @@ from tests.engine_common.hf_reference import load
 from tests.engine_common.references import Case, assert_same, cases
 from tests.tolerances import BOUNDS
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = pytest.mark.engine
 
 NOISE = BOUNDS["engine_logprob", torch.float32].atol
 ENGINE = {"dtype": "float32", "enable_prefix_caching": True}
