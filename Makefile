@@ -21,10 +21,13 @@ TIER ?= -m 'not matrix'
 # What `make bench` measures: make bench BENCH='--model small --set quick'; make bench-sglang measures the same
 BENCH ?= --model 8b-cut
 
+# What of it `make test-install` tries: make test-install INSTALL="--only uv"
+INSTALL ?=
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-sglang doctor doctor-sglang test test-all test-core test-kernels test-vllm test-vllm-lowest \
-	test-sglang test-sglang-lowest references lint format bench bench-sglang memory tree env env-lowest env-sglang \
-	env-sglang-lowest env-triton env-lint wheel clean
+	test-sglang test-sglang-lowest test-install references lint format bench bench-sglang memory tree env env-lowest \
+	env-sglang env-sglang-lowest env-triton env-lint wheel clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -94,6 +97,9 @@ memory: env env-sglang ## the tables of cache memory, from the engines' own plan
 
 tree: ## the file tree in README.md, from the files' docstrings
 	$(PYTHON) tools/file_tree.py
+
+test-install: ## every install line of README.md in fresh environments (half an hour)
+	$(PYTHON) tools/test_install.py $(INSTALL)
 
 wheel: env ## the wheel, in dist/
 	$(VLLM)/python -m build --wheel --outdir dist .
