@@ -9,8 +9,7 @@ endif
 
 ENVIRONMENT = $(PYTHON) tools/environment.py
 VLLM = .venvs/vllm/bin
-VLLM_LOWEST = .venvs/vllm-0.31/bin
-TRITON = .venvs/triton/bin
+VLLM_NEWEST = .venvs/vllm-0.33/bin
 SGLANG = .venvs/sglang/bin
 SGLANG_LOWEST = .venvs/sglang-0.5.22/bin
 LINT = .venvs/lint/bin
@@ -20,9 +19,9 @@ PYTEST ?=
 BENCH ?= --model 8b-cut
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang doctor doctor-sglang test test-all test-core test-kernels test-vllm test-vllm-lowest \
-	test-sglang test-sglang-lowest lint format bench bench-sglang memory tree env env-lowest env-sglang \
-	env-sglang-lowest env-triton env-lint wheel clean
+.PHONY: help demo demo-sglang doctor doctor-sglang test test-all test-core test-kernels test-vllm test-vllm-newest \
+	test-sglang test-sglang-lowest lint format bench bench-sglang memory tree env env-newest env-sglang \
+	env-sglang-lowest env-lint wheel clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -40,23 +39,23 @@ doctor-sglang: env-sglang ## the same for SGLang
 	$(SGLANG)/lfm2 doctor
 
 # Two suites at a time, the longest first: each keeps one core busy for most of its time.
-test: ## everything: core, kernels, both engines, the lowest vLLM
-	$(MAKE) --jobs=2 --output-sync=line test-core test-vllm test-vllm-lowest test-sglang test-kernels
+test: ## everything: core, kernels, both engines, the newest vLLM
+	$(MAKE) --jobs=2 --output-sync=line test-core test-vllm test-vllm-newest test-sglang test-kernels
 
-test-all: test test-sglang-lowest ## the same, and what `make test` leaves out on the lowest releases
-	$(VLLM_LOWEST)/python -m pytest tests/engine_vllm -m slow $(PYTEST)
+test-all: test test-sglang-lowest ## the same, and what `make test` leaves out on the other releases
+	$(VLLM_NEWEST)/python -m pytest tests/engine_vllm -m slow $(PYTEST)
 
 test-core: env ## everything that needs no engine (about a minute)
 	$(VLLM)/python -m pytest tests/core $(PYTEST)
 
-test-kernels: env-triton ## kernels for GPUs in Triton's interpreter, and what they compile to
-	$(TRITON)/python -m pytest tests/kernels $(PYTEST)
+test-kernels: env ## kernels for GPUs in Triton's interpreter, and what they compile to
+	$(VLLM)/python -m pytest tests/kernels $(PYTEST)
 
-test-vllm: env ## real vLLM engines, newest supported release
+test-vllm: env ## real vLLM engines, newest release with a CPU build
 	$(VLLM)/python -m pytest tests/engine_vllm $(PYTEST)
 
-test-vllm-lowest: env-lowest ## real vLLM engines, lowest supported release, without the slow tests
-	$(VLLM_LOWEST)/python -m pytest tests/engine_vllm -m 'not slow' $(PYTEST)
+test-vllm-newest: env-newest ## the newest release's Python over that build (tools/overlay.py), without the slow tests
+	$(VLLM_NEWEST)/python -m pytest tests/engine_vllm -m 'not slow' $(PYTEST)
 
 test-sglang: env-sglang ## real SGLang engines, newest supported release
 	$(SGLANG)/python -m pytest tests/engine_sglang $(PYTEST)
@@ -92,17 +91,14 @@ wheel: env ## the wheel, in dist/
 env:
 	@$(ENVIRONMENT) vllm
 
-env-lowest:
-	@$(ENVIRONMENT) vllm-0.31
+env-newest:
+	@$(ENVIRONMENT) vllm-0.33
 
 env-sglang:
 	@$(ENVIRONMENT) sglang
 
 env-sglang-lowest:
 	@$(ENVIRONMENT) sglang-0.5.22
-
-env-triton:
-	@$(ENVIRONMENT) triton
 
 env-lint:
 	@$(ENVIRONMENT) lint

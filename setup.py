@@ -15,7 +15,7 @@ _VERSION_FILE = (HERE / "lfm2_plugin" / "_version.py").read_text(encoding="utf-8
 VERSION = re.search(r'^__version__ = "(.+)"', _VERSION_FILE, re.MULTILINE)[1]
 
 # The same ranges as SUPPORTED in vllm_model and sglang_model (tests/core/test_packaging.py compares).
-VLLM = ">=0.31.0,<0.33"
+VLLM = ">=0.32.0,<0.34"
 SGLANG = ">=0.5.22,<0.5.24"
 
 setup(
