@@ -43,7 +43,7 @@ test: ## everything: core, kernels, both engines, the newest vLLM
 	$(MAKE) --jobs=2 --output-sync=line test-core test-vllm test-vllm-newest test-sglang test-kernels
 
 test-all: test test-sglang-lowest ## the same, and what `make test` leaves out on the other releases
-	$(VLLM_NEWEST)/python -m pytest tests/engine_vllm -m slow $(PYTEST)
+	$(VLLM_NEWEST)/python -m pytest tests/engine_vllm -m matrix $(PYTEST)
 
 test-core: env ## everything that needs no engine (about a minute)
 	$(VLLM)/python -m pytest tests/core $(PYTEST)
@@ -54,8 +54,8 @@ test-kernels: env ## kernels for GPUs in Triton's interpreter, and what they com
 test-vllm: env ## real vLLM engines, newest release with a CPU build
 	$(VLLM)/python -m pytest tests/engine_vllm $(PYTEST)
 
-test-vllm-newest: env-newest ## the newest release's Python over that build (tools/overlay.py), without the slow tests
-	$(VLLM_NEWEST)/python -m pytest tests/engine_vllm -m 'not slow' $(PYTEST)
+test-vllm-newest: env-newest ## the newest release's Python over that build (tools/overlay.py), without the matrix
+	$(VLLM_NEWEST)/python -m pytest tests/engine_vllm -m 'not matrix' $(PYTEST)
 
 test-sglang: env-sglang ## real SGLang engines, newest supported release
 	$(SGLANG)/python -m pytest tests/engine_sglang $(PYTEST)
