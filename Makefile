@@ -9,8 +9,7 @@ endif
 
 ENVIRONMENT = $(PYTHON) tools/environment.py
 VLLM = .venvs/vllm/bin
-VLLM_LOWEST = .venvs/vllm-0.31/bin
-TRITON = .venvs/triton/bin
+VLLM_NEWEST = .venvs/vllm-0.33/bin
 SGLANG = .venvs/sglang/bin
 SGLANG_LOWEST = .venvs/sglang-0.5.22/bin
 LINT = .venvs/lint/bin
@@ -25,9 +24,9 @@ BENCH ?= --model 8b-cut
 INSTALL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang doctor doctor-sglang test test-all test-core test-kernels test-vllm test-vllm-lowest \
-	test-sglang test-sglang-lowest test-install references lint format bench bench-sglang memory tree env env-lowest \
-	env-sglang env-sglang-lowest env-triton env-lint wheel clean
+.PHONY: help demo demo-sglang doctor doctor-sglang test test-all test-core test-kernels test-vllm test-vllm-newest \
+	test-sglang test-sglang-lowest test-install references lint format bench bench-sglang memory tree env env-newest \
+	env-sglang env-sglang-lowest env-lint wheel clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -51,19 +50,19 @@ test: ## every kind of claim once: core, kernels, both engines (20 minutes on tw
 	$(SUITES) test-sglang test-vllm test-kernels test-core
 
 test-all: ## the whole matrix, on the lowest and the newest release of both engines (70 minutes)
-	$(SUITES) TIER= test-sglang test-vllm test-sglang-lowest test-vllm-lowest test-kernels test-core
+	$(SUITES) TIER= test-sglang test-vllm test-sglang-lowest test-vllm-newest test-kernels test-core
 
 test-core: env ## everything that needs no engine (about a minute)
 	$(VLLM)/python -m pytest tests/core $(TIER) $(PYTEST)
 
-test-kernels: env-triton ## kernels for GPUs in Triton's interpreter, and what they compile to
-	$(TRITON)/python -m pytest tests/kernels $(TIER) $(PYTEST)
+test-kernels: env ## kernels for GPUs in Triton's interpreter, and what they compile to
+	$(VLLM)/python -m pytest tests/kernels $(TIER) $(PYTEST)
 
-test-vllm: env ## real vLLM engines, newest supported release
+test-vllm: env ## real vLLM engines, newest release with a CPU build
 	$(VLLM)/python -m pytest tests/engine_vllm $(TIER) $(PYTEST)
 
-test-vllm-lowest: env-lowest ## real vLLM engines, lowest supported release
-	$(VLLM_LOWEST)/python -m pytest tests/engine_vllm $(TIER) $(PYTEST)
+test-vllm-newest: env-newest ## the newest release's Python over that build (tools/overlay.py)
+	$(VLLM_NEWEST)/python -m pytest tests/engine_vllm $(TIER) $(PYTEST)
 
 test-sglang: env-sglang ## real SGLang engines, newest supported release
 	$(SGLANG)/python -m pytest tests/engine_sglang $(TIER) $(PYTEST)
@@ -107,17 +106,14 @@ wheel: env ## the wheel, in dist/
 env:
 	@$(ENVIRONMENT) vllm
 
-env-lowest:
-	@$(ENVIRONMENT) vllm-0.31
+env-newest:
+	@$(ENVIRONMENT) vllm-0.33
 
 env-sglang:
 	@$(ENVIRONMENT) sglang
 
 env-sglang-lowest:
 	@$(ENVIRONMENT) sglang-0.5.22
-
-env-triton:
-	@$(ENVIRONMENT) triton
 
 env-lint:
 	@$(ENVIRONMENT) lint

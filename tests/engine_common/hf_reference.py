@@ -6,6 +6,7 @@ reference, and what gives its tokens in one gives them in the other.
 """
 
 import hashlib
+import inspect
 import json
 import os
 from collections import defaultdict
@@ -86,10 +87,15 @@ def batches(prompts: list[list[int]]) -> list[list[int]]:
 @torch.inference_mode()
 def decode(model, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
     """(S, T) prompts -> (S, new_tokens) greedy continuation with the model's own cache."""
-    past, step, made = None, ids, []
+    from transformers import DynamicCache
+
+    # transformers 5.24 calls its argument for it "cache", and deprecates the name before.
+    known = inspect.signature(model.forward).parameters
+    cache = {"cache" if "cache" in known else "past_key_values": DynamicCache(config=model.config)}
+    step, made = ids, []
     for _ in range(new_tokens):
-        out = model(step, past_key_values=past, use_cache=True, logits_to_keep=1)
-        past, step = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+        out = model(step, **cache, use_cache=True, logits_to_keep=1)
+        step = out.logits[:, -1].argmax(-1, keepdim=True)
         made.append(step)
     return torch.cat(made, dim=1)
 
