@@ -9,13 +9,14 @@ endif
 
 ENVIRONMENT = $(PYTHON) tools/environment.py
 VLLM = .venvs/vllm/bin
-VLLM_LOWEST = .venvs/vllm-0.31/bin
-TRITON = .venvs/triton/bin
+VLLM_NEWEST = .venvs/vllm-0.33/bin
 SGLANG = .venvs/sglang/bin
 SGLANG_LOWEST = .venvs/sglang-0.5.22/bin
 LINT = .venvs/lint/bin
 # Further words for pytest: make test-vllm PYTEST='-k spec -x'
 PYTEST ?=
+# Every kind of claim once; the whole matrix with `make test-vllm TIER=`, as in `make test-all`
+TIER ?= -m 'not matrix'
 # What `make bench` measures: make bench BENCH='--model small --set quick'; make bench-sglang measures the same
 BENCH ?= --model 8b-cut
 
@@ -23,9 +24,9 @@ BENCH ?= --model 8b-cut
 INSTALL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sglang doctor doctor-sglang test test-all test-core test-kernels test-vllm test-vllm-lowest \
-	test-sglang test-sglang-lowest lint format bench bench-sglang memory tree env env-lowest env-sglang \
-	env-sglang-lowest env-triton env-lint test-install wheel clean
+.PHONY: help demo demo-sglang doctor doctor-sglang test test-all test-core test-kernels test-vllm test-vllm-newest \
+	test-sglang test-sglang-lowest test-install references lint format bench bench-sglang memory tree env env-newest \
+	env-sglang env-sglang-lowest env-lint wheel clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -43,29 +44,36 @@ doctor-sglang: env-sglang ## the same for SGLang
 	$(SGLANG)/lfm2 doctor
 
 # Two suites at a time, the longest first: each keeps one core busy for most of its time.
-test: ## everything: core, kernels, both engines, the lowest vLLM
-	$(MAKE) --jobs=2 --output-sync=line test-core test-vllm test-vllm-lowest test-sglang test-kernels
+SUITES = $(MAKE) --jobs=2 --keep-going --output-sync=line
 
-test-all: test test-sglang-lowest ## the same, and what `make test` leaves out on the lowest releases
-	$(VLLM_LOWEST)/python -m pytest tests/engine_vllm -m slow $(PYTEST)
+test: ## every kind of claim once: core, kernels, both engines (20 minutes on two cores)
+	$(SUITES) test-sglang test-vllm test-kernels test-core
+
+test-all: ## the whole matrix, on the lowest and the newest release of both engines (70 minutes)
+	$(SUITES) TIER= test-sglang test-vllm test-sglang-lowest test-vllm-newest test-kernels test-core
 
 test-core: env ## everything that needs no engine (about a minute)
-	$(VLLM)/python -m pytest tests/core $(PYTEST)
+	$(VLLM)/python -m pytest tests/core $(TIER) $(PYTEST)
 
-test-kernels: env-triton ## kernels for GPUs in Triton's interpreter, and what they compile to
-	$(TRITON)/python -m pytest tests/kernels $(PYTEST)
+test-kernels: env ## kernels for GPUs in Triton's interpreter, and what they compile to
+	$(VLLM)/python -m pytest tests/kernels $(TIER) $(PYTEST)
 
-test-vllm: env ## real vLLM engines, newest supported release
-	$(VLLM)/python -m pytest tests/engine_vllm $(PYTEST)
+test-vllm: env ## real vLLM engines, newest release with a CPU build
+	$(VLLM)/python -m pytest tests/engine_vllm $(TIER) $(PYTEST)
 
-test-vllm-lowest: env-lowest ## real vLLM engines, lowest supported release, without the slow tests
-	$(VLLM_LOWEST)/python -m pytest tests/engine_vllm -m 'not slow' $(PYTEST)
+test-vllm-newest: env-newest ## the newest release's Python over that build (tools/overlay.py)
+	$(VLLM_NEWEST)/python -m pytest tests/engine_vllm $(TIER) $(PYTEST)
 
 test-sglang: env-sglang ## real SGLang engines, newest supported release
-	$(SGLANG)/python -m pytest tests/engine_sglang $(PYTEST)
+	$(SGLANG)/python -m pytest tests/engine_sglang $(TIER) $(PYTEST)
 
 test-sglang-lowest: env-sglang-lowest ## real SGLang engines, lowest supported release
-	$(SGLANG_LOWEST)/python -m pytest tests/engine_sglang $(PYTEST)
+	$(SGLANG_LOWEST)/python -m pytest tests/engine_sglang $(TIER) $(PYTEST)
+
+references: ## what transformers answers to the prompts of `make test`, computed anew and kept for the next run
+	rm -rf tests/engine_common/kept_references
+	LFM2_TEST_KEEP_REFERENCES=1 $(MAKE) test
+	rm -f tests/engine_common/kept_references/*.lock
 
 lint: env-lint ## ruff (rules and format) and mypy
 	$(LINT)/ruff check .
@@ -98,17 +106,14 @@ wheel: env ## the wheel, in dist/
 env:
 	@$(ENVIRONMENT) vllm
 
-env-lowest:
-	@$(ENVIRONMENT) vllm-0.31
+env-newest:
+	@$(ENVIRONMENT) vllm-0.33
 
 env-sglang:
 	@$(ENVIRONMENT) sglang
 
 env-sglang-lowest:
 	@$(ENVIRONMENT) sglang-0.5.22
-
-env-triton:
-	@$(ENVIRONMENT) triton
 
 env-lint:
 	@$(ENVIRONMENT) lint

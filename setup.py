@@ -29,7 +29,7 @@ SGLANG_CPU = [
 ]
 
 # The same ranges as SUPPORTED in vllm_model and sglang_model (tests/core/test_packaging.py compares).
-VLLM = ">=0.31.0,<0.33"
+VLLM = ">=0.32.0,<0.34"
 SGLANG = ">=0.5.22,<0.5.24"
 
 setup(

@@ -13,11 +13,11 @@ from statistics import fmean
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_utils import (
     generate_scheduler_kv_cache_config,
     get_request_block_hasher,
     init_none_hash,
+    resolve_cache_hit_alignment_tokens,
     resolve_kv_cache_block_sizes,
 )
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -50,12 +50,9 @@ def _scheduler(config: VllmConfig, kv: KVCacheConfig) -> tuple[Scheduler, int]:
     config.cache_config.num_gpu_blocks = planned.num_blocks
     block_size, hash_block_size = resolve_kv_cache_block_sizes(planned, config)
     planned.hash_block_size = hash_block_size
-    # vLLM 0.31 has no such granularity beside the block size.
-    resolve_alignment = getattr(kv_cache_utils, "resolve_cache_hit_alignment_tokens", None)
-    if resolve_alignment is not None:
-        planned.cache_hit_alignment_tokens = resolve_alignment(
-            planned, config, block_size, hash_block_size
-        )
+    planned.cache_hit_alignment_tokens = resolve_cache_hit_alignment_tokens(
+        planned, config, block_size, hash_block_size
+    )
     scheduler = Scheduler(
         vllm_config=config,
         kv_cache_config=planned,

@@ -32,12 +32,18 @@ from vllm.v1.attention.backends.utils import (
     get_supported_kv_cache_layouts,
     resolve_kv_cache_layout,
 )
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
-from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, MambaSpec
 
 from benchmarks.kv_held import held
 from benchmarks.memory import Case, Plan
 from benchmarks.models import model_folder
+
+try:  # where vLLM 0.33 has it; there the groups are settled first, and handed in
+    from vllm.v1.core.kv_cache_planning import get_global_kv_cache_groups, get_kv_cache_configs
+except ModuleNotFoundError:
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+    get_global_kv_cache_groups = None
 
 GIB = 2**30
 
@@ -116,6 +122,14 @@ def _resolve_layout(config: VllmConfig, specs: dict[str, KVCacheSpec]) -> None:
     resolve_kv_cache_layout(config, [names], list(specs.values()))
 
 
+def _planned(config: VllmConfig, specs: dict[str, KVCacheSpec], free: int) -> KVCacheConfig:
+    """What vLLM's planner makes of the layers' specs and ``free`` bytes, as in the engine's core."""
+    groups = []
+    if get_global_kv_cache_groups is not None:
+        groups.append(get_global_kv_cache_groups(config, [specs]))
+    return get_kv_cache_configs(config, [specs], [free], *groups)[0]
+
+
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of all distinct parameters and buffers (tied ones once)."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -147,7 +161,7 @@ def plan(case: Case) -> Plan:
     free = int((case.device_gib * case.utilisation - case.reserve_gib) * GIB) - weights
     if free <= 0:
         raise ValueError(f"{case.model}: {weights / GIB:.1f} GiB of weights leave no cache")
-    kv = get_kv_cache_configs(config, [specs], [free])[0]
+    kv = _planned(config, specs, free)
 
     conv, attention = [], []
     for group in kv.kv_cache_groups:

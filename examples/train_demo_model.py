@@ -17,10 +17,6 @@ from typing import Any
 
 import torch
 import transformers
-from demo_model import data, evaluate, optimiser
-from demo_model.balance import LoadBalancer
-from demo_model.card import write_card
-from demo_model.tokenizer import VOCAB_SIZE, build_tokenizer
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -32,6 +28,10 @@ from transformers import (
 from transformers.utils import logging
 
 import lfm2_plugin.demo
+from demo_model import data, evaluate, optimiser
+from demo_model.balance import LoadBalancer
+from demo_model.card import write_card
+from demo_model.tokenizer import VOCAB_SIZE, build_tokenizer
 
 MODEL = Path(lfm2_plugin.demo.__file__).parent / "model"
 PATTERN = ["conv", "conv", "full_attention", "conv"]

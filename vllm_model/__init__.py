@@ -10,5 +10,5 @@ Which file to open:
   installed version can do, and the translation of a step's metadata.
 """
 
-SUPPORTED = ("0.31.0", "0.32.0")
+SUPPORTED = ("0.32.0", "0.33.0")
 """Lowest and highest vLLM release that the whole engine suite ran on."""

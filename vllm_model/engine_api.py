@@ -188,8 +188,8 @@ def captures_graphs() -> bool:
 def missing_capabilities() -> list[str]:
     """What this vLLM lacks of what the package builds on, in words; empty where all is there.
 
-    An import that fails says so by itself; these are the options and fields behind the names. All are in 0.31.0 to
-    0.33.0 (0.33.0 by its source: no CPU build of it exists).
+    An import that fails says so by itself; these are the options and fields behind the names. All are in 0.32.0 and
+    0.33.0.
     """
     factory = inspect.signature(FusedMoEFactory).parameters
     spec = {field.name for field in dataclasses.fields(MambaSpec)}

@@ -6,7 +6,7 @@ nothing may go wrong in here.
 
 from __future__ import annotations
 
-from lfm2_plugin.register import sglang_failure, stand_in
+from lfm2_plugin.register import sglang_failure, stub_class
 
 try:
     failure = sglang_failure()
@@ -14,6 +14,6 @@ try:
         raise failure
     from sglang_model.model import Lfm2MoeForCausalLM
 except Exception as error:
-    Lfm2MoeForCausalLM = stand_in(error)
+    Lfm2MoeForCausalLM = stub_class(error)
 
 EntryClass = Lfm2MoeForCausalLM

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_model
 
 from lfm2_plugin.arch import Lfm2MoeArch
 from lfm2_plugin.checkpoint import AdapterError, Target, adapter_scaling, read_adapter
+from tests.tiny import make_model
 
 MODULES = ["q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]

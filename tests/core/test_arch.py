@@ -129,7 +129,7 @@ def test_something_else_entirely() -> None:
 
 
 def test_layer_types_as_transformers_renames_them():
-    """transformers 5.17 hands vLLM 0.31 a config with other names than the file has."""
+    """transformers from 5.17 on hands the engine a config with other names than the file has."""
     renamed = {"conv": "linear_attention", "full_attention": "full_attention"}
     given = published()
     arch = Lfm2MoeArch.from_config(given)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +21,7 @@ from lfm2_plugin.checkpoint import (
     translate,
 )
 from lfm2_plugin.checkpoint.names import LAYER, TOP
+from tests import tiny
 
 CONFIGS = {"default": {}, "wide-heads": tiny.WIDE_HEADS, "untied": tiny.UNTIED}
 EXPERT = "model.layers.2.feed_forward.experts.5.w1.weight"

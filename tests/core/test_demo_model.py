@@ -15,15 +15,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from demo_model.data import batches, encode
+from demo_model.evaluate import HELD_OUT_SEED, expert_load, replies
 from lfm2_plugin.demo import model_path
 from lfm2_plugin.demo.tasks import TASKS, call_text, draw, is_held_out, is_right, questions
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from demo_model.data import batches, encode  # noqa: E402 - the folder is no package of ours
-from demo_model.evaluate import HELD_OUT_SEED, expert_load, replies  # noqa: E402
-
 SAMPLE = 12  # questions per task
 UNLIKELY = 1e-4  # a worse sample than this share of all samples means another model than the card's
 

@@ -6,7 +6,8 @@ The second half feeds the scanner snippets that break a rule, so that it can't g
 from pathlib import Path
 
 import pytest
-from house_rules import FILE_LINES, FUNCTION_LINES, violations
+
+from tests.core.house_rules import FILE_LINES, FUNCTION_LINES, violations
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("lfm2_plugin", "vllm_model", "sglang_model")

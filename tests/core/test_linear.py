@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerances import assert_within
 
 from lfm2_plugin.ops.linear import PackedWeight, can_pack, linear, linear_naive, linear_native, pack
+from tests.tolerances import assert_within
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # T, N, K

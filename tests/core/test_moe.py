@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import make_model
-from tolerances import HALF_PRECISION_ERROR_RATIO, assert_within
 
 from lfm2_plugin.ops.linear import PackedWeight, can_pack
 from lfm2_plugin.ops.moe import ExpertAdapter, moe, moe_naive, moe_native
+from tests.tiny import make_model
+from tests.tolerances import HALF_PRECISION_ERROR_RATIO, assert_within
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IMPLEMENTATIONS = {"naive": moe_naive, "native": moe_native}

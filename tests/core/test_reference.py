@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny
 import torch
-from tolerances import HALF_PRECISION_ERROR_RATIO, assert_within
 from transformers import Lfm2MoeForCausalLM
 
 from lfm2_plugin.arch import Lfm2MoeArch
 from lfm2_plugin.checkpoint import CheckpointError
 from lfm2_plugin.reference import Cache, ReferenceModel
+from tests import tiny
+from tests.tolerances import HALF_PRECISION_ERROR_RATIO, assert_within
 
 CONFIGS = {
     "default": {},

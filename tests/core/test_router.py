@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import make_model
-from tolerances import assert_within
 
 from lfm2_plugin.ops.router import route, route_naive, route_native
+from tests.tiny import make_model
+from tests.tolerances import assert_within
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(0, 4, 2), (1, 1, 1), (1, 8, 2), (7, 32, 4), (33, 64, 4), (5, 6, 6)]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from short_conv_steps import (
+
+from lfm2_plugin.conv_batch import ConvBatch
+from lfm2_plugin.ops.short_conv import native, short_conv, short_conv_naive, short_conv_native
+from tests.short_conv_steps import (
     CASES,
     COMPANY,
     DTYPES,
@@ -15,10 +18,7 @@ from short_conv_steps import (
     make_step,
     same_bits,
 )
-from tolerances import assert_within
-
-from lfm2_plugin.conv_batch import ConvBatch
-from lfm2_plugin.ops.short_conv import native, short_conv, short_conv_naive, short_conv_native
+from tests.tolerances import assert_within
 
 IMPLEMENTATIONS = {"naive": short_conv_naive, "native": short_conv_native}
 

@@ -7,8 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from short_conv_steps import same_bits
-from tolerances import assert_within
 
 from lfm2_plugin.conv_batch import ConvBatch
 from lfm2_plugin.ops.short_conv import short_conv_naive, short_conv_native
@@ -20,6 +18,8 @@ from lfm2_plugin.ops.short_conv_drafts import (
     short_conv_drafts_native,
     tree,
 )
+from tests.short_conv_steps import same_bits
+from tests.tolerances import assert_within
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 3, 32), (2, 5, 3, 32), (3, 4, 2, 17), (4, 12, 4, 16), (2, 3, 8, 16)]  # S, q, K, D

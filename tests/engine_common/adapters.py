@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import torch
-from checkpoints import checkpoint
-from engines import SHARED
-from hf_reference import fingerprint, greedy, load
-from references import NEW_TOKENS, Case, cases, clear_cases, vocabulary
-from shared_cache import made_once
-from tolerances import CLEAR_MARGIN
+
+from tests.engine_common.checkpoints import checkpoint
+from tests.engine_common.engines import SHARED
+from tests.engine_common.hf_reference import fingerprint, greedy, load
+from tests.engine_common.references import NEW_TOKENS, Case, cases, clear_cases, vocabulary
+from tests.engine_common.shared_cache import made_once
+from tests.tolerances import CLEAR_MARGIN
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "self_attn.out_proj"]
 CONV = ["conv.in_proj", "conv.out_proj"]

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from checkpoints import altered, checkpoint
+
+from tests.engine_common.checkpoints import altered, checkpoint
 
 Make = Callable[[Path], Path]  # makes the checkpoint in a folder that isn't there yet
 

@@ -11,13 +11,14 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from interpreter_mends import mend, stand_in_for_triton_cpu
 from triton.runtime.interpreter import _implicit_cvt
 
 from benchmarks.gpu import short_conv as benchmark
 from benchmarks.gpu import short_conv_builtins
 from benchmarks.gpu.short_conv import Case
 from benchmarks.gpu.short_conv_builtins import Run, sglang_kernels
+from tests.engine_common.engines import search_path
+from tests.interpreter_mends import mend, stand_in_for_triton_cpu
 
 CASES = (
     Case("decodes", decodes=3),
@@ -32,8 +33,8 @@ def compared(engine: str) -> str:
     Raises:
         AssertionError: it failed.
     """
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__, engine]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": search_path()}
+    command = [sys.executable, "-m", __name__, engine]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

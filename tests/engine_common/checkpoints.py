@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tiny
-from engines import REPO, SHARED
-from shared_cache import made_once
+from tests import tiny
+from tests.engine_common.engines import REPO, SHARED
+from tests.engine_common.shared_cache import made_once
 
 DEMO = REPO / "lfm2_plugin" / "demo" / "model"
 VOCAB = 512

@@ -2,11 +2,11 @@
 
 import random
 
-from checkpoints import checkpoint
-from hf_reference import greedy
-from prompts import fresh_tokens
-from references import Case, vocabulary
-from tolerances import CLEAR_MARGIN
+from tests.engine_common.checkpoints import checkpoint
+from tests.engine_common.hf_reference import greedy
+from tests.engine_common.prompts import fresh_tokens
+from tests.engine_common.references import Case, vocabulary
+from tests.tolerances import CLEAR_MARGIN
 
 ANSWER = 12  # tokens
 

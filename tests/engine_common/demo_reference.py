@@ -1,10 +1,10 @@
 """The demo model's answers to its own questions in transformers."""
 
 import torch
-from checkpoints import DEMO
-from hf_reference import load, remembered
 
 from lfm2_plugin.demo.tasks import Question, is_right, questions
+from tests.engine_common.checkpoints import DEMO
+from tests.engine_common.hf_reference import load, remembered
 
 LONGEST_ANSWER = 96  # tokens
 BATCH = 32
@@ -39,7 +39,7 @@ def answers(asked: list[Question], dtype: torch.dtype = torch.float32) -> list[s
                 texts[index] = tokenizer.decode(ids[:end], skip_special_tokens=False)
         return texts
 
-    return remembered(compute, DEMO, "answers to eos", prompts, LONGEST_ANSWER, str(dtype))
+    return remembered(compute, DEMO, "answers to eos", prompts, LONGEST_ANSWER, dtype=dtype)
 
 
 def score(asked: list[Question], texts: list[str]) -> int:

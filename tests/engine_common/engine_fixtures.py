@@ -1,23 +1,32 @@
 """Fixtures of both engine suites: one fork server a session, and a function that runs one engine.
 
-A suite's conftest imports them; ``engine_env`` and ``engine_jobs`` are the suite's own modules.
+A suite's conftest imports them and has a fixture ``suite`` that names itself.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import engine_env
-import interpreted
 import pytest
-from checkpoints import checkpoint
-from engines import CACHE, EngineServer, Outcome
+
+from tests.engine_common import interpreted
+from tests.engine_common.checkpoints import checkpoint
+from tests.engine_common.engines import CACHE, EngineServer, Outcome
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A package with the modules ``warm`` and ``engine_jobs``, and the environment of its engines."""
+
+    package: str
+    env: dict[str, str]
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    yield from started(tmp_path_factory, engine_env.ENV)
+def server(tmp_path_factory, suite: Suite):
+    yield from started(tmp_path_factory, suite)
 
 
 @pytest.fixture(scope="session")
@@ -27,15 +36,15 @@ def run(server):
 
 
 @pytest.fixture(scope="module")
-def interpreting_run(tmp_path_factory):
+def interpreting_run(tmp_path_factory, suite: Suite):
     """As ``run``, of engines whose process has had Triton's interpreter since it imported Triton."""
-    for server in started(tmp_path_factory, {**engine_env.ENV, **interpreted.ENV}):
+    for server in started(tmp_path_factory, suite, **interpreted.ENV):
         yield runner(server)
 
 
-def started(tmp_path_factory, env: dict[str, str]) -> Iterator[EngineServer]:
-    suite = Path(engine_env.__file__).parent
-    server = EngineServer(tmp_path_factory.mktemp("engines"), suite, env)
+def started(tmp_path_factory, suite: Suite, **env: str) -> Iterator[EngineServer]:
+    folder = tmp_path_factory.mktemp("engines")
+    server = EngineServer(folder, suite.package, {**suite.env, **env})
     yield server  # the first job starts it
     server.stop()
 

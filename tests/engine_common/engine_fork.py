@@ -2,7 +2,7 @@
 
 Importing an engine costs more than starting it on a tiny checkpoint, and an engine leaves process-wide
 state behind (process groups, compile caches, environment), so every job gets a forked child: no second
-import, no leftovers. The one argument is the folder of a suite, whose module ``warm`` imports its engine.
+import, no leftovers. The one argument is the package of a suite, whose module ``warm`` imports its engine.
 Protocol on stdin/stdout, one JSON object per line:
 
     {"job": path, "result": path, "log": path, "env": {...}, "timeout": seconds}  ->  {"exit": code}
@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 import traceback
-from pathlib import Path
 
 TIMED_OUT = 124
 
@@ -74,11 +73,9 @@ def main() -> None:
     """Imports the engine once, then serves requests until stdin closes."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing that an engine prints may reach the protocol
-    sys.path.insert(0, sys.argv[1])
     if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.path.append(str(Path(__file__).parents[1]))
-        importlib.import_module("interpreter_mends").mend()
-    warm = importlib.import_module("warm")
+        importlib.import_module("tests.interpreter_mends").mend()
+    warm = importlib.import_module(f"{sys.argv[1]}.warm")
     print(json.dumps({"ready": warm.VERSION}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)

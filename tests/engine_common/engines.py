@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-REPO = HERE.parents[1]
+REPO = Path(__file__).resolve().parents[2]
 # What is made of content alone is shared by all environments; what an engine leaves is not, so that
 # the suite may run in two environments side by side.
 SHARED = REPO / ".cache" / "tests"
 CACHE = SHARED / Path(sys.prefix).name
 BUILTIN = {"LFM2_PLUGIN": "off"}
+
+
+def search_path() -> str:
+    """``PYTHONPATH`` of a process that imports the tests, wherever it is started."""
+    given = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(REPO), given] if given else [str(REPO)])
 
 
 @dataclass
@@ -38,11 +43,11 @@ class EngineServer:
 
     Args:
         folder: takes the files of the jobs and the logs.
-        suite: the folder whose ``warm`` imports the engine, and that the jobs' modules are in.
+        suite: the package whose ``warm`` imports the engine, and that the jobs' modules are in.
         env: added to the environment of every job.
     """
 
-    def __init__(self, folder: Path, suite: Path, env: dict[str, str]):
+    def __init__(self, folder: Path, suite: str, env: dict[str, str]):
         self.folder = folder
         self.suite = suite
         self.env = env
@@ -52,9 +57,10 @@ class EngineServer:
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "engine_fork.py"), str(self.suite)],
+            [sys.executable, "-m", "tests.engine_common.engine_fork", self.suite],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=self.folder,
-            stderr=(self.folder / "fork_server.log").open("w"), env={**os.environ, **self.env},
+            stderr=(self.folder / "fork_server.log").open("w"),
+            env={**os.environ, **self.env, "PYTHONPATH": search_path()},
         )  # fmt: skip
         ready = self.process.stdout.readline()
         assert ready, (self.folder / "fork_server.log").read_text()
@@ -63,13 +69,13 @@ class EngineServer:
     def run(
         self, call: str, *, env: dict[str, str] | None = None, timeout: float = 240, **args
     ) -> Outcome:
-        """Runs ``module:function(**args)`` in a child and returns its outcome."""
+        """Runs ``module:function(**args)`` of the suite in a child and returns its outcome."""
         if self.process is None:
             self.start()
         self.count += 1
         stem = self.folder / f"job{self.count:03d}"
         paths = {k: str(stem.with_suffix(f".{k}")) for k in ("job", "result", "log")}
-        Path(paths["job"]).write_text(json.dumps({"call": call, "args": args}))
+        Path(paths["job"]).write_text(json.dumps({"call": f"{self.suite}.{call}", "args": args}))
         request = {**paths, "env": env or {}, "timeout": timeout}
         print(json.dumps(request), file=self.process.stdin, flush=True)
         code = json.loads(self.process.stdout.readline())["exit"]

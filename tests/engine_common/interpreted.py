@@ -1,6 +1,6 @@
 """The kernels for GPUs inside a real engine on a CPU: Triton's interpreter runs them for the engine's own steps."""
 
-from references import Case, cases
+from tests.engine_common.references import Case, cases
 
 ENV = {"LFM2_PLUGIN_OPS": "triton", "TRITON_INTERPRET": "1"}
 TOKENS = 6

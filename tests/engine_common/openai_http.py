@@ -3,9 +3,9 @@
 import json
 
 import httpx
-from demo_reference import LONGEST_ANSWER
 
 from lfm2_plugin.demo.tasks import Question, call_text
+from tests.engine_common.demo_reference import LONGEST_ANSWER
 
 
 def on_the_wire(message: dict) -> dict:

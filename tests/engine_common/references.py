@@ -6,11 +6,12 @@ from functools import cache
 from pathlib import Path
 from statistics import mean
 
-import prompts
 import torch
-from checkpoints import checkpoint
-from hf_reference import Forced, Greedy, greedy, teacher_forced
-from tolerances import CLEAR_MARGIN, HALF_PRECISION_ERROR_RATIO
+
+from tests.engine_common import prompts
+from tests.engine_common.checkpoints import checkpoint
+from tests.engine_common.hf_reference import Forced, Greedy, greedy, teacher_forced
+from tests.tolerances import CLEAR_MARGIN, HALF_PRECISION_ERROR_RATIO
 
 NEW_TOKENS = 16
 STEADY = 4  # steps; the mean of fewer is the luck of one rounding that changed an expert
@@ -54,10 +55,10 @@ def clear_cases(folder: Path, asked: list[list[int]], vocab: int) -> tuple[Case,
 
 def questions_as_prompts(count: int) -> list[list[int]]:
     """Questions of the demo model's tasks, rendered by its chat template."""
-    from demo_reference import prompt_ids
     from transformers import AutoTokenizer
 
     from lfm2_plugin.demo.tasks import questions
+    from tests.engine_common.demo_reference import prompt_ids
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("demo"))
     return [prompt_ids(tokenizer, q) for q in questions(seed=1, n=count)]

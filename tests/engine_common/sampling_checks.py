@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from checkpoints import DEMO
-from demo_reference import prompt_ids
 
 from lfm2_plugin.demo.tasks import questions
+from tests.engine_common.checkpoints import DEMO
+from tests.engine_common.demo_reference import prompt_ids
 
 QUESTIONS = 24
 SCHEMA = {

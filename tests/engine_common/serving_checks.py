@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import httpx
 import torch
-from demo_reference import answers, held_out, score
-from openai_http import ask, body, joined, stream
 
 from lfm2_plugin.demo.tasks import CALL_START, Question, questions
+from tests.engine_common.demo_reference import answers, held_out, score
+from tests.engine_common.openai_http import ask, body, joined, stream
 
 QUESTIONS = 500
 Rendered = Callable[[Question], Question]

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from engine_jobs import ask_ranks, start
+from tests.engine_sglang.engine_jobs import ask_ranks, start
 
 
 def abort_in_flight(

@@ -4,15 +4,11 @@ Its convolution is a Triton kernel, and its scheduler doesn't start without comp
 convolution in torch that the benchmark measures it with, and our CPU platform; the model is SGLang's.
 """
 
-import sys
-
-import interface_jobs
-from engines import REPO
+from tests.engine_sglang import interface_jobs
 
 
 def run_engine(model: str, engine: dict, steps: list[dict]) -> dict:
     """As in ``interface_jobs``, on the built-in model; the job's environment has to switch ours off."""
-    sys.path.append(str(REPO))
     from benchmarks.stock_sglang import convolve_in_torch
 
     convolve_in_torch()

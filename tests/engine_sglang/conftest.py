@@ -1,10 +1,19 @@
 """Fixtures of the suite of real SGLang engines."""
 
-import sys
-from pathlib import Path
+import pytest
 
 from sglang_model.cpu_torch import let_torchvision_import
 
 let_torchvision_import()  # transformers imports it where it is installed, and here it is for SGLang
-sys.path.append(str(Path(__file__).resolve().parents[1] / "engine_common"))
-from engine_fixtures import interpreting_run, run, server  # noqa: E402, F401
+from tests.engine_common.engine_fixtures import (  # noqa: E402
+    Suite,
+    interpreting_run,  # noqa: F401
+    run,  # noqa: F401
+    server,  # noqa: F401
+)
+from tests.engine_sglang.engine_env import ENV  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def suite() -> Suite:
+    return Suite("tests.engine_sglang", ENV)

@@ -3,11 +3,11 @@
 import random
 from collections import Counter
 
-import engine_jobs
 import numpy as np
-from engine_jobs import as_list, describe, request, together
 
 from sglang_model import cpu_speculation
+from tests.engine_sglang import engine_jobs
+from tests.engine_sglang.engine_jobs import as_list, describe, request, together
 
 
 def guess_from(texts: list[list[int]], vocab: int):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sglang.srt.entrypoints.engine import Engine
-from step_recorder import run_recording_scheduler
+
+from tests.engine_sglang.step_recorder import run_recording_scheduler
 
 DEFAULTS = {
     "context_length": 2304,
@@ -158,7 +159,7 @@ def completion(out: dict) -> dict:
     return described
 
 
-def probe(llm: Engine, name: str, module: str = "probes", **arguments) -> Any:
+def probe(llm: Engine, name: str, module: str = "tests.engine_sglang.probes", **arguments) -> Any:
     """What ``<module>.<name>`` finds on the model of the first rank."""
     return ask_ranks(llm, "probe", name=name, module=module, arguments=arguments)[0]
 

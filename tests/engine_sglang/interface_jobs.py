@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-import engine_jobs
 from sglang.srt.managers.io_struct import GenerateReqInput
+
+from tests.engine_sglang import engine_jobs
 
 
 def generate_from_embeddings(llm, prompts: list[list[int]], folder: str, tokens: int) -> list[dict]:

@@ -1,7 +1,7 @@
 """What the tests of adapters run inside the child, beside the steps that all tests have."""
 
-import engine_jobs
-from engine_jobs import as_list, describe, request, together
+from tests.engine_sglang import engine_jobs
+from tests.engine_sglang.engine_jobs import as_list, describe, request, together
 
 
 def generate(llm, prompts: list[list[int]], adapters: list[str | None]) -> list[dict]:

@@ -4,9 +4,8 @@ import importlib
 import json
 import sys
 
-import engine_jobs
-
 from lfm2_plugin.register import ARCHITECTURE, register_sglang, resolve_sglang
+from tests.engine_sglang import engine_jobs
 
 
 def resolve(path: str | None = None) -> dict:

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from engine_env import ENV
 from sglang.srt.entrypoints.openai.protocol import Tool
 
 from lfm2_plugin.cli.server import free_port, serving
 from lfm2_plugin.demo.tasks import Question
+from tests.engine_sglang.engine_env import ENV
 
 CLI = [sys.executable, "-m", "sglang.launch_server"]
 

@@ -3,10 +3,11 @@
 "Before long work": before weights are read and the cache is allocated, which the log would show.
 """
 
-import broken
 import pytest
-from broken import BROKEN, unsaid, with_three_experts
-from checkpoints import checkpoint
+
+from tests.engine_common import broken
+from tests.engine_common.broken import BROKEN, unsaid, with_three_experts
+from tests.engine_common.checkpoints import checkpoint
 
 pytestmark = pytest.mark.engine
 

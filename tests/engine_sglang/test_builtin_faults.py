@@ -7,15 +7,16 @@ fails once SGLang mends it: then the fault leaves this file and the README.
 
 import pytest
 import torch
-from broken import BROKEN, unsaid
-from checkpoints import checkpoint
-from conversations import ANSWER, shared_beginnings
-from engines import BUILTIN
-from references import NEW_TOKENS, assert_same, cases, wrong
-from releases import needs_snapshots
-from tolerances import assert_within
 
-pytestmark = pytest.mark.engine
+from tests.engine_common.broken import BROKEN, unsaid
+from tests.engine_common.checkpoints import checkpoint
+from tests.engine_common.conversations import ANSWER, shared_beginnings
+from tests.engine_common.engines import BUILTIN
+from tests.engine_common.references import NEW_TOKENS, assert_same, cases, wrong
+from tests.engine_sglang.releases import needs_snapshots
+from tests.tolerances import assert_within
+
+pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
 FLOAT = {"dtype": "float32"}
 TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}

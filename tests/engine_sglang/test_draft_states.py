@@ -10,12 +10,12 @@ import pytest
 import torch
 from sglang.srt.mem_cache.memory_pool import MambaPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from tolerances import assert_within
 
 from lfm2_plugin.conv_batch import ConvBatch
 from lfm2_plugin.ops.short_conv import short_conv
 from sglang_model.conv_state import ConvStateBackend
 from sglang_model.engine_api import conv_cache_params
+from tests.tolerances import assert_within
 
 LAYERS = (1, 2, 5)
 SLOTS = 9

@@ -1,12 +1,11 @@
 """The example and ``lfm2 demo`` with the demo model: ``pytest tests/engine_sglang/test_examples.py``."""
 
-import example_runs
 import pytest
-import serving_checks
 import torch
-from serving import rendered
 
 from lfm2_plugin.cli.demo import NAME
+from tests.engine_common import example_runs, serving_checks
+from tests.engine_sglang.serving import rendered
 
 pytestmark = pytest.mark.engine
 

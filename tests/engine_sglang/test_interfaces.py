@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import altered, checkpoint
-from hf_reference import load
-from references import NEW_TOKENS, assert_same, cases
-from tolerances import assert_within
+
+from tests.engine_common.checkpoints import altered, checkpoint
+from tests.engine_common.hf_reference import load
+from tests.engine_common.references import NEW_TOKENS, assert_same, cases
+from tests.tiers import matrix
+from tests.tolerances import assert_within
 
 pytestmark = pytest.mark.engine
 
@@ -27,7 +29,7 @@ def engine(server):
     return start
 
 
-@pytest.mark.parametrize("model", ["alpha", "beta"])
+@pytest.mark.parametrize("model", ["alpha", matrix("beta")])
 def test_vectors_for_tokens(engine, model, tmp_path):
     """``input_embeds`` is used: the tokens' own vectors give the tokens' answers.
 
@@ -52,7 +54,7 @@ def test_vectors_for_tokens(engine, model, tmp_path):
 @pytest.mark.parametrize(
     ("method", "layers", "inputs"),
     [
-        ("set_eagle3_layers_to_capture", None, [2, 3]),
+        matrix("set_eagle3_layers_to_capture", None, [2, 3]),
         ("set_eagle3_layers_to_capture", [0, 4, 5], [1, 5, 6]),
         ("set_dflash_layers_to_capture", [1, 5], [2, 6]),
     ],
@@ -64,7 +66,12 @@ def test_drafters_get_what_the_layers_saw(engine, method, layers, inputs):
     asked, found = engine(
         "alpha",
         [
-            {"op": "probe", "module": "interface_jobs", "name": "capture", **arguments},
+            {
+                "op": "probe",
+                "module": "tests.engine_sglang.interface_jobs",
+                "name": "capture",
+                **arguments,
+            },
             {"op": "hidden_states", "prompts": prompts},
         ],
         enable_return_hidden_states=True,
@@ -87,9 +94,13 @@ def layer_inputs(model: str, prompt: list[int]) -> torch.Tensor:
     return torch.stack([states[0] for states in seen], dim=1)
 
 
-@pytest.mark.parametrize("model", ["alpha", "beta"])
+@pytest.mark.parametrize("model", [matrix("alpha"), "beta"])
 def test_a_drafter_may_share_embedding_and_head(engine, model):
-    probe = {"op": "probe", "module": "interface_jobs", "name": "shared_with_a_drafter"}
+    probe = {
+        "op": "probe",
+        "module": "tests.engine_sglang.interface_jobs",
+        "name": "shared_with_a_drafter",
+    }
     (shapes,) = engine(model, [probe])
     config = load(checkpoint(model), torch.float32).config
     assert shapes == [[config.vocab_size, config.hidden_size]] * 2

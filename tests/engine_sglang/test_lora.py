@@ -6,14 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import ATTENTION, CONV, EXPERTS, MLP, adapted_cases, adapter, all_adapted_cases
-from checkpoints import checkpoint
-from hf_reference import teacher_forced
-from references import NEW_TOKENS, Case, cases, wrong
 from safetensors.torch import load_file, save_file
-from tolerances import HALF_PRECISION_ERROR_RATIO
 
 from lfm2_plugin.arch import Lfm2MoeArch
+from tests.engine_common.adapters import (
+    ATTENTION,
+    CONV,
+    EXPERTS,
+    MLP,
+    adapted_cases,
+    adapter,
+    all_adapted_cases,
+)
+from tests.engine_common.checkpoints import checkpoint
+from tests.engine_common.hf_reference import teacher_forced
+from tests.engine_common.references import NEW_TOKENS, Case, cases, wrong
+from tests.tiers import matrix
+from tests.tolerances import HALF_PRECISION_ERROR_RATIO
 
 pytestmark = pytest.mark.engine
 
@@ -47,8 +56,8 @@ def adapted(server):
 
 
 def paths(model: str, *names: str) -> list[str]:
-    """``--lora-paths`` of some of the adapters above, or of all."""
-    return [f"{name}={adapter(model, *TARGETS[name])[0]}" for name in names or TARGETS]
+    """``--lora-paths`` of some of the adapters above."""
+    return [f"{name}={adapter(model, *TARGETS[name])[0]}" for name in names]
 
 
 def adapted_by(model: str, name: str) -> list[Case]:
@@ -71,30 +80,34 @@ def differences(asked: dict[str, list[Case]], result: list[list[dict]]) -> dict[
     }
 
 
-@pytest.mark.parametrize("model", ["alpha", "beta"])
-def test_adapters_equal_the_merged_models(adapted, model):
+@pytest.mark.parametrize(
+    ("model", "targets"),
+    [("alpha", ["some", "all"]), matrix("alpha", TARGETS), matrix("beta", TARGETS)],
+    ids=["alpha", "alpha, each", "beta, each"],
+)
+def test_adapters_equal_the_merged_models(adapted, model, targets):
     """One engine, every adapter in it, more than it has slots; between them the base model.
 
     The same prompts come again with each adapter: nothing of another's may be found in the prefix cache.
     """
     asked = {"base": list(cases(model)[:40])}
     steps = [{"prompts": [c.prompt for c in asked["base"]]}]
-    for name in TARGETS:
+    for name in targets:
         mine = adapted_by(model, name)
         if name == "all":
             mine = all_adapted_cases(model, adapter(model, *TARGETS[name])[1])
         asked |= {name: mine, f"base after {name}": asked["base"]}
         steps += [{"prompts": [c.prompt for c in mine], "lora": name}, dict(steps[0])]
-    result = adapted(model, {"lora_paths": paths(model)}, steps)
+    result = adapted(model, {"lora_paths": paths(model, *targets)}, steps)
     assert not differences(asked, result["steps"])
-    for name in TARGETS:
+    for name in targets:
         plain = {tuple(c.prompt): c.expected.tokens for c in cases(model)}
         known = [c for c in asked[name] if tuple(c.prompt) in plain]
         changed = [c for c in known if c.expected.tokens != plain[tuple(c.prompt)]]
         assert len(changed) > 20, name  # the adapter matters
 
 
-@pytest.mark.parametrize("model", ["alpha", "beta"])
+@pytest.mark.parametrize("model", ["alpha", matrix("beta")])
 def test_two_adapters_and_the_base_in_one_batch(adapted, model):
     asked, names = by_turns(model, None, "all", "experts")
     engine = {"lora_paths": paths(model, "all", "experts", "conv")}
@@ -105,6 +118,7 @@ def test_two_adapters_and_the_base_in_one_batch(adapted, model):
     assert max(len(s["tokens"]) for s in result["scheduled"] if s["mode"] == "DECODE") == 64
 
 
+@pytest.mark.matrix
 def test_chunked_prefill(adapted):
     asked, names = by_turns("alpha", "all", None, "conv")
     engine = {"lora_paths": paths("alpha", "all", "conv"), "chunked_prefill_size": 48}
@@ -115,6 +129,7 @@ def test_chunked_prefill(adapted):
         assert any(s["mode"] == "MIXED" for s in result["scheduled"]) == mixed
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("parallel", [{}, {"ep_size": 2}], ids=["experts cut", "experts dealt"])
 def test_tensor_parallel(adapted, parallel):
     asked, names = by_turns("alpha", "all", None)
@@ -125,6 +140,7 @@ def test_tensor_parallel(adapted, parallel):
     assert not differences({"parallel": asked}, result["steps"])
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("model", ["alpha-calm", "demo"])
 def test_bfloat16(adapted, model):
     """On forced text: no further from the merged model in float32 than twice transformers' bf16 is."""

@@ -4,10 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from releases import needs_newest
 
 from benchmarks.sglang_memory import GIB, LAPTOP, VARIANTS, Case, Plan, plan_all
 from sglang_model.memory import PREFIX_SLOTS
+from tests.engine_sglang.releases import needs_newest
 
 pytestmark = [pytest.mark.engine, needs_newest]
 

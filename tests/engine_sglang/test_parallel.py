@@ -1,9 +1,10 @@
 """Several processes: tensor, expert and pipeline parallel give the tokens of one process."""
 
 import pytest
-from references import assert_bf16, assert_same, cases
 
 from sglang_model.engine_api import snapshots_can_run
+from tests.engine_common.references import assert_bf16, assert_same, cases
+from tests.tiers import matrix
 
 pytestmark = pytest.mark.engine
 
@@ -32,14 +33,20 @@ def ask(
 
 @pytest.mark.parametrize(
     ("model", "dtype", "cache"),
-    [("alpha", "float32", True), ("beta", "float32", False), ("beta-calm", "bfloat16", False)],
+    [
+        ("alpha", "float32", True),
+        matrix("beta", "float32", False),
+        matrix("beta-calm", "bfloat16", False),
+    ],
 )
 def test_tensor_parallel(run, model, dtype, cache):
     overlaps = not cache or snapshots_can_run()
     assert ask(run, model, dtype, cache, tp_size=2)["loop"] == ("overlap" if overlaps else "normal")
 
 
-@pytest.mark.parametrize(("model", "dtype"), [("alpha", "float32"), ("beta-calm", "bfloat16")])
+@pytest.mark.parametrize(
+    ("model", "dtype"), [("alpha", "float32"), matrix("beta-calm", "bfloat16")]
+)
 def test_expert_parallel(run, model, dtype):
     ask(run, model, dtype, tp_size=2, ep_size=2)
 
@@ -48,8 +55,8 @@ def test_expert_parallel(run, model, dtype):
     ("model", "cache", "partition"),
     [
         ("staged", True, "3,3"),  # the first stage has no expert layer
-        ("staged", False, "2,4"),  # one conv layer and three
-        ("beta", True, "3,2"),  # an untied head; two conv layers and one
+        matrix("staged", False, "2,4"),  # one conv layer and three
+        matrix("beta", True, "3,2"),  # an untied head; two conv layers and one
     ],
 )
 def test_pipeline_parallel(run, model, cache, partition):

@@ -1,10 +1,12 @@
 """A KV cache too small for the load: requests are retracted, computed again, and answer the same."""
 
 import pytest
-from checkpoints import altered, checkpoint
-from hf_reference import greedy
-from references import NEW_TOKENS, Case, assert_bf16, assert_same, cases
-from tolerances import CLEAR_MARGIN
+
+from tests.engine_common.checkpoints import altered, checkpoint
+from tests.engine_common.hf_reference import greedy
+from tests.engine_common.references import NEW_TOKENS, Case, assert_bf16, assert_same, cases
+from tests.tiers import matrix
+from tests.tolerances import CLEAR_MARGIN
 
 pytestmark = pytest.mark.engine
 
@@ -43,14 +45,14 @@ def answer_under_pressure(run, folder, prompts: list[list[int]], **options) -> l
 @pytest.mark.parametrize(
     "options",
     [
-        {"disable_radix_cache": True},
+        matrix({"disable_radix_cache": True}),
         {},
-        {"chunked_prefill_size": 32, "enable_mixed_chunk": True},
-        {"disable_overlap_schedule": True},
+        matrix({"chunked_prefill_size": 32, "enable_mixed_chunk": True}),
+        matrix({"disable_overlap_schedule": True}),
     ],
     ids=["no cache", "cache", "mixed", "no overlap"],
 )
-@pytest.mark.parametrize("model", ["alpha", "beta"])
+@pytest.mark.parametrize("model", ["alpha", matrix("beta")])
 def test_retracted_requests_answer_the_same(run, endless, model, options):
     prompts = [c.prompt for c in cases(model) if 5 <= len(c.prompt) <= 64]
     pairs = zip(prompts, greedy(checkpoint(model), prompts, ANSWER), strict=True)
@@ -61,6 +63,7 @@ def test_retracted_requests_answer_the_same(run, endless, model, options):
     assert_same(outputs, asked)
 
 
+@pytest.mark.matrix
 def test_retracted_requests_in_bfloat16(run, endless):
     name = "alpha-calm"
     chosen = [i for i, c in enumerate(cases(name)) if 5 <= len(c.prompt) <= 64]

@@ -4,8 +4,10 @@ The recording of kernels and its replay need one.
 """
 
 import pytest
-from references import NEW_TOKENS, assert_same, cases
-from releases import needs_newest
+
+from tests.engine_common.references import NEW_TOKENS, assert_same, cases
+from tests.engine_sglang.releases import needs_newest
+from tests.tiers import matrix
 
 pytestmark = [pytest.mark.engine, needs_newest]
 
@@ -14,7 +16,7 @@ COUNT = 60
 
 
 def probe(name: str) -> dict:
-    return {"op": "probe", "module": "prefill_graph_jobs", "name": name}
+    return {"op": "probe", "module": "tests.engine_sglang.prefill_graph_jobs", "name": name}
 
 
 def test_sglang_accepts_the_model_where_the_user_wants_the_graphs(run):
@@ -35,7 +37,11 @@ def test_they_stay_off_where_nobody_wants_them(run):
 
 @pytest.mark.parametrize(
     "options",
-    [{"disable_radix_cache": True}, {}, {"chunked_prefill_size": 48, "enable_mixed_chunk": True}],
+    [
+        matrix({"disable_radix_cache": True}),
+        matrix({}),
+        {"chunked_prefill_size": 48, "enable_mixed_chunk": True},
+    ],
     ids=["no cache", "cache", "mixed"],
 )
 def test_padded_prefills_with_gaps_answer_the_same(run, options):

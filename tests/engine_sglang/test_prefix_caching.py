@@ -4,13 +4,21 @@ import random
 
 import pytest
 import torch
-from conversations import ANSWER, answered, clear, conversations, hits, shared_beginnings
-from prompts import fresh_tokens
-from references import Case, assert_same, cases, vocabulary
-from releases import needs_snapshots
-from tolerances import BOUNDS
 
 from sglang_model.config import SNAPSHOT_GRID
+from tests.engine_common.conversations import (
+    ANSWER,
+    answered,
+    clear,
+    conversations,
+    hits,
+    shared_beginnings,
+)
+from tests.engine_common.prompts import fresh_tokens
+from tests.engine_common.references import Case, assert_same, cases, vocabulary
+from tests.engine_sglang.releases import needs_snapshots
+from tests.tiers import matrix
+from tests.tolerances import BOUNDS
 
 pytestmark = pytest.mark.engine
 
@@ -36,11 +44,11 @@ SNAPSHOTS = {"mamba_radix_cache_strategy": "extra_buffer"}
             {**NO_OVERLAP, **SNAPSHOTS},
             "extra_buffer",
             id="no overlap but snapshots",
-            marks=needs_snapshots,
+            marks=[needs_snapshots, pytest.mark.matrix],
         ),
     ],
 )
-@pytest.mark.parametrize("model", ["alpha", "beta"])
+@pytest.mark.parametrize("model", ["alpha", matrix("beta")])
 def test_turns_and_shared_beginnings(run, model, options, strategy):
     """In one engine: five turns of twelve conversations, then a shared system prompt, alone and
     together, then the 200 prompts twice, when the second time finds the first's states."""
@@ -71,6 +79,7 @@ def test_turns_and_shared_beginnings(run, model, options, strategy):
         assert hits(result[6]) == len(shared)
 
 
+@pytest.mark.matrix
 def test_off(run):
     """Nothing is ever found; the tokens are the same."""
     step = ask(shared_beginnings("alpha", common=512, count=24))
@@ -83,7 +92,9 @@ def test_off(run):
 
 
 @needs_snapshots
-@pytest.mark.parametrize(("size", "mixed"), [(16, False), (64, True), (256, False), (16, True)])
+@pytest.mark.parametrize(
+    ("size", "mixed"), [matrix(16, False), (64, True), matrix(256, False), matrix(16, True)]
+)
 def test_chunked_prefill_with_cache(run, size, mixed):
     engine = {**FLOAT, "chunked_prefill_size": size, "enable_mixed_chunk": mixed}
     asked = [c for c in cases("alpha") if len(c.prompt) <= 40 * size]
@@ -103,7 +114,7 @@ def branches(model: str) -> list[Case]:
 
 
 @needs_snapshots
-@pytest.mark.parametrize("model", ["alpha", "beta"])
+@pytest.mark.parametrize("model", ["alpha", matrix("beta")])
 def test_branches_in_the_middle_of_a_prompt(run, model):
     """The second that leaves at a depth finds the snapshot that the first left there, and so no more."""
     trunk = [c for c in cases(model) if len(c.prompt) == 700]
@@ -119,8 +130,8 @@ def test_branches_in_the_middle_of_a_prompt(run, model):
 
 
 @needs_snapshots
-@pytest.mark.parametrize("interval", [None, 16])
-@pytest.mark.parametrize("model", ["alpha", "beta"])
+@pytest.mark.parametrize("interval", [matrix(None), 16])
+@pytest.mark.parametrize("model", ["alpha", matrix("beta")])
 def test_states_of_answers(run, model, interval):
     """A second turn begins in the middle of the first one's answer, with a state kept while decoding.
 
@@ -146,7 +157,7 @@ def test_states_of_answers(run, model, interval):
     assert [result[1][i]["cached"] for i in within] == [last[i] for i in within]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", matrix("bfloat16")])
 def test_a_hit_changes_no_logprob(run, dtype):
     """The same prompt, cold and from the cache: equal tokens, logprobs equal to rounding."""
     asked = shared_beginnings("alpha", common=256, count=16)
@@ -163,8 +174,10 @@ def test_a_hit_changes_no_logprob(run, dtype):
 @needs_snapshots
 @pytest.mark.parametrize(
     "scarce",
-    [{"max_total_tokens": 2600}, {"max_mamba_cache_size": 48, "max_running_requests": 8}],
-    ids=["tokens", "states"],
+    [
+        matrix({"max_total_tokens": 2600}, id="tokens"),
+        pytest.param({"max_mamba_cache_size": 48, "max_running_requests": 8}, id="states"),
+    ],
 )
 def test_eviction_under_pressure(run, scarce):
     """Room for three of these prompts, or for few states: evicted all the time, and hits happen."""

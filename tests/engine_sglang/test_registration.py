@@ -8,18 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import checkpoint
-from engines import BUILTIN
-from references import assert_same, cases
-from serving import served
 
 from lfm2_plugin.cli.server import ServerFailed
 from lfm2_plugin.register import ARCHITECTURE, SGLANG_CLASS
+from tests.engine_common.checkpoints import checkpoint
+from tests.engine_common.engines import BUILTIN, search_path
+from tests.engine_common.references import assert_same, cases
+from tests.engine_sglang.serving import served
+from tests.tiers import matrix
 
 pytestmark = pytest.mark.engine
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OURS = SGLANG_CLASS.replace(":", ".")
 BROKEN = "raise ImportError('libbroken.so: no such file')\n"
 TEXT = f"lfm2-plugin can't serve {ARCHITECTURE}: ImportError: libbroken.so: no such file."
@@ -28,10 +28,11 @@ TEXT = f"lfm2-plugin can't serve {ARCHITECTURE}: ImportError: libbroken.so: no s
 def resolved(**environment: str) -> dict:
     """What a process of its own resolves, started like any other."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("LFM2_", "SGLANG_"))}
+    variables |= {"PYTHONPATH": search_path(), **environment}
+    command = [sys.executable, "-m", "tests.engine_sglang.registration_jobs"]
     done = subprocess.run(
-        [sys.executable, HERE / "registration_jobs.py"],
-        env=variables | environment, capture_output=True, text=True, timeout=300, cwd="/",
-    )  # fmt: skip
+        command, env=variables, capture_output=True, text=True, timeout=300, cwd="/"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     return json.loads(line.removeprefix("RESULT "))
@@ -114,8 +115,10 @@ def broken_front(folder: Path, **files: str) -> str:
 @pytest.mark.parametrize(
     ("file", "users"),
     [
-        *[(file, False) for file in ("__init__", "defaults", "model", "conv_state")],
-        *[(file, True) for file in ("defaults", "model")],  # beside a package of the user's
+        *[matrix(file, False) for file in ("__init__", "defaults", "conv_state")],
+        ("model", False),
+        ("defaults", True),
+        matrix("model", True),  # beside a package of the user's
     ],
 )
 def test_a_broken_front_is_not_replaced_by_the_builtin(

@@ -1,12 +1,14 @@
 """What users ask of an engine beside greedy tokens: n, logprobs, stops, aborts, structured output."""
 
 import pytest
-import sampling_checks
 import torch
-from checkpoints import checkpoint
-from hf_reference import load
-from references import Case, assert_same, cases
-from tolerances import BOUNDS
+
+from tests.engine_common import sampling_checks
+from tests.engine_common.checkpoints import checkpoint
+from tests.engine_common.hf_reference import load
+from tests.engine_common.references import Case, assert_same, cases
+from tests.tiers import matrix
+from tests.tolerances import BOUNDS
 
 pytestmark = pytest.mark.engine
 
@@ -85,7 +87,7 @@ def test_stop_tokens_end_the_answer(sampled, asked):
         assert (out["finish"], out["stop"]) == ("stop", stop)
 
 
-@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize("cache", [True, matrix(False)], ids=["cache", "no cache"])
 def test_abort_in_flight(server, cache):
     """Half of 64 requests leave after four tokens; the others and a second try answer as ever."""
     asked = list(cases("alpha")[:64])

@@ -6,13 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-import serving_checks
-from checkpoints import DEMO
-from demo_reference import LONGEST_ANSWER, answers, held_out, prompt_ids, score
-from openai_http import ask
-from references import assert_same, cases
-from releases import needs_rust_templates
-from serving import rendered, served
+
+from tests.engine_common import serving_checks
+from tests.engine_common.checkpoints import DEMO
+from tests.engine_common.demo_reference import LONGEST_ANSWER, answers, held_out, prompt_ids, score
+from tests.engine_common.openai_http import ask
+from tests.engine_common.references import assert_same, cases
+from tests.engine_sglang.releases import needs_rust_templates
+from tests.engine_sglang.serving import rendered, served
 
 pytestmark = pytest.mark.engine
 

@@ -5,14 +5,22 @@ from itertools import pairwise
 
 import pytest
 import torch
-from adapters import ATTENTION, CONV, EXPERTS, MLP, adapter
-from checkpoints import altered, checkpoint
-from conversations import conversations
-from hf_reference import greedy, load
-from references import NEW_TOKENS, Case, assert_bf16, assert_same, cases, vocabulary
-from tolerances import BOUNDS, CLEAR_MARGIN
 
 from sglang_model.engine_api import platforms_bring_workers
+from tests.engine_common.adapters import ATTENTION, CONV, EXPERTS, MLP, adapter
+from tests.engine_common.checkpoints import altered, checkpoint
+from tests.engine_common.conversations import conversations
+from tests.engine_common.hf_reference import greedy, load
+from tests.engine_common.references import (
+    NEW_TOKENS,
+    Case,
+    assert_bf16,
+    assert_same,
+    cases,
+    vocabulary,
+)
+from tests.tiers import matrix
+from tests.tolerances import BOUNDS, CLEAR_MARGIN
 
 pytestmark = pytest.mark.engine
 needs_worker = pytest.mark.skipif(
@@ -59,7 +67,14 @@ def ask(asked, **options) -> dict:
 @needs_worker
 @pytest.mark.parametrize(
     ("model", "tokens"),
-    [("alpha", 2), ("alpha", 4), ("alpha", 8), ("beta", 3), ("beta", 7), ("demo", 5)],
+    [
+        matrix("alpha", 2),
+        ("alpha", 4),
+        matrix("alpha", 8),
+        matrix("beta", 3),
+        matrix("beta", 7),
+        matrix("demo", 5),
+    ],
 )
 def test_any_number_of_drafts_is_confirmed(drafted, model, tokens):
     """64 requests run together, then one at a time: 8 drafts are more than 64 requests may have."""
@@ -94,7 +109,7 @@ def test_drafts_out_of_the_text(drafted):
 
 
 @needs_worker
-@pytest.mark.parametrize("model", ["alpha", "beta"])
+@pytest.mark.parametrize("model", [matrix("alpha"), "beta"])
 def test_turns_find_what_drafts_left_in_the_prefix_cache(drafted, model):
     talks = conversations(model, turns=4, count=12)
     turns = [[t[i] for t in talks] for i in range(4)]
@@ -110,7 +125,7 @@ def test_turns_find_what_drafts_left_in_the_prefix_cache(drafted, model):
 
 
 @needs_worker
-@pytest.mark.parametrize("known", [True, False], ids=["drafts", "hardly any drafts"])
+@pytest.mark.parametrize("known", [True, matrix(False)], ids=["drafts", "hardly any drafts"])
 def test_snapshots_while_decoding(drafted, known):
     """What follows a long answer starts from a snapshot within it, taken among drafts or in a plain step."""
     folder, every = checkpoint("alpha"), 16
@@ -139,6 +154,7 @@ def test_snapshots_while_decoding(drafted, known):
 
 
 @needs_worker
+@pytest.mark.matrix
 def test_chunked_prefill(drafted):
     asked = cases("alpha")
     engine = {**ngram(4), "chunked_prefill_size": 48}
@@ -200,7 +216,9 @@ def test_stops_within_drafts(drafted):
 
 @needs_worker
 @pytest.mark.parametrize(
-    "options", [{}, {"disable_overlap_schedule": True}], ids=["snapshots", "running states"]
+    "options",
+    [{}, matrix({"disable_overlap_schedule": True})],
+    ids=["snapshots", "running states"],
 )
 def test_what_a_stop_within_drafts_leaves(drafted, options):
     """Drafts that stood behind a stop are in no text that the prefix cache knows."""
@@ -234,6 +252,7 @@ def test_logprobs(drafted):
 
 
 @needs_worker
+@pytest.mark.matrix
 def test_bfloat16(drafted):
     step = ask(cases("demo"), params={"logprobs": 0})
     (result,) = drafted("demo", {**ngram(None), "dtype": "bfloat16"}, [step])["steps"]
@@ -242,6 +261,7 @@ def test_bfloat16(drafted):
 
 
 @needs_worker
+@pytest.mark.matrix
 def test_samples_follow_the_distribution(drafted):
     """The second of two sampled tokens, where the first is the likeliest, against transformers."""
     case = cases("alpha")[40]
@@ -263,6 +283,7 @@ def test_samples_follow_the_distribution(drafted):
 
 
 @needs_worker
+@pytest.mark.matrix
 def test_penalties(drafted):
     """Requests whose next token depends on the last ones otherwise than through the model.
 
@@ -313,6 +334,7 @@ def test_adapters(drafted):
 
 
 @needs_worker
+@pytest.mark.matrix
 def test_tensor_parallel(drafted):
     asked = cases("alpha")[:80]
     two = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}

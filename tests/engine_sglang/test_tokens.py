@@ -6,13 +6,22 @@ there gives the same tokens in both engines.
 
 import pytest
 import torch
-from references import NEW_TOKENS, Case, assert_bf16, assert_same, bf16_view, cases
-from tolerances import HALF_PRECISION_ERROR_RATIO
+
+from tests.engine_common.references import (
+    NEW_TOKENS,
+    Case,
+    assert_bf16,
+    assert_same,
+    bf16_view,
+    cases,
+)
+from tests.tiers import matrix
+from tests.tolerances import HALF_PRECISION_ERROR_RATIO
 
 pytestmark = pytest.mark.engine
 
 OURS = "sglang_model.model.Lfm2MoeForCausalLM"
-MODELS = ["alpha", "beta", "demo"]
+MODELS = ["alpha", matrix("beta"), matrix("demo")]
 NO_CACHE = {"disable_radix_cache": True}
 
 
@@ -34,6 +43,7 @@ def test_alone_and_in_mixed_batches(run, model):
     assert max(decodes) > 60  # 64 are let in, and some may end while others are still read
 
 
+@pytest.mark.matrix
 def test_sglangs_own_attention(run):
     """The backend that a user names stays, and gives the same tokens."""
     engine = {"dtype": "float32", "attention_backend": "torch_native", **NO_CACHE}
@@ -48,7 +58,8 @@ def in_pieces(model: str, size: int, most: int = 40) -> list[Case]:
 
 
 @pytest.mark.parametrize(
-    ("model", "size"), [("alpha", 16), ("beta", 16), ("beta", 64), ("alpha", 256)]
+    ("model", "size"),
+    [matrix("alpha", 16), matrix("beta", 16), ("beta", 64), matrix("alpha", 256)],
 )
 def test_chunked_prefill(run, model, size):
     """No prefill takes more than ``size`` tokens, so a prompt of 2,000 takes up to 125 of them."""
@@ -62,7 +73,13 @@ def test_chunked_prefill(run, model, size):
 
 @pytest.mark.parametrize(
     ("model", "size"),
-    [("alpha", 16), ("alpha", 256), ("beta", 16), ("beta", 256), ("demo", 256)],
+    [
+        ("alpha", 16),
+        matrix("alpha", 256),
+        matrix("beta", 16),
+        matrix("beta", 256),
+        matrix("demo", 256),
+    ],
 )
 def test_mixed_chunk(run, model, size):
     """Prefills take the running decodes along in one batch."""
@@ -75,7 +92,7 @@ def test_mixed_chunk(run, model, size):
     assert any(max(tokens) > 1 and tokens.count(1) > 1 for tokens in mixed)
 
 
-@pytest.mark.parametrize("model", ["alpha-calm", "beta-calm", "demo"])
+@pytest.mark.parametrize("model", ["alpha-calm", matrix("beta-calm"), matrix("demo")])
 def test_bfloat16(run, model):
     """Decoding, and on forced text (prefill): no further from float32 than twice transformers' bf16."""
     texts = [c.prompt + c.expected.tokens for c in cases(model)]
@@ -92,6 +109,7 @@ def test_bfloat16(run, model):
     assert (ours - exact).abs().mean() <= allowed
 
 
+@pytest.mark.matrix
 def test_chunked_prefill_bfloat16(run):
     engine = {"dtype": "bfloat16", "chunked_prefill_size": 48, **NO_CACHE}
     step = {"prompts": prompts_of("alpha-calm"), "params": {"logprobs": 0}}

@@ -1,10 +1,12 @@
 """Weights that are replaced while an engine serves: the tokens are those of the new checkpoint, then the old."""
 
 import pytest
-from checkpoints import altered, checkpoint
-from hf_reference import greedy
-from references import NEW_TOKENS, Case, assert_same, cases
-from tolerances import CLEAR_MARGIN
+
+from tests.engine_common.checkpoints import altered, checkpoint
+from tests.engine_common.hf_reference import greedy
+from tests.engine_common.references import NEW_TOKENS, Case, assert_same, cases
+from tests.tiers import matrix
+from tests.tolerances import CLEAR_MARGIN
 
 pytestmark = pytest.mark.engine
 
@@ -38,9 +40,9 @@ def update(server):
     ("model", "options"),
     [
         ("alpha", {}),
-        ("beta", {}),
-        ("beta", {"tp_size": 2}),
-        ("alpha", {"disable_radix_cache": True}),
+        matrix("beta", {}),
+        matrix("beta", {"tp_size": 2}),
+        matrix("alpha", {"disable_radix_cache": True}),
     ],
 )
 @pytest.mark.parametrize("way", ["from_disk", "from_tensors"])
@@ -60,7 +62,7 @@ def test_the_other_checkpoint_and_back(update, model, options, way):
     assert sum(a != b["tokens"] for a, b in zip(old, result[3], strict=True)) > COUNT * 0.9
 
 
-@pytest.mark.parametrize("model", ["alpha", "beta"])
+@pytest.mark.parametrize("model", ["alpha", matrix("beta")])
 def test_a_part_of_the_weights(update, tmp_path, model):
     """A convolution, a projection, an expert and a norm: the rest stays, packed matrices too."""
     names = [

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-import engine_jobs
+from tests.engine_sglang import engine_jobs
 
 
 def wait_until_idle(llm) -> None:

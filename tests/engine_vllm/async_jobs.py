@@ -2,11 +2,12 @@
 
 import asyncio
 
-from engine_jobs import DEFAULTS
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+
+from tests.engine_vllm.engine_jobs import DEFAULTS
 
 
 def abort_in_flight(

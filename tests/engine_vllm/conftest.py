@@ -1,7 +1,11 @@
 """Fixtures of the suite of real vLLM engines."""
 
-import sys
-from pathlib import Path
+import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "engine_common"))
-from engine_fixtures import interpreting_run, run, server  # noqa: F401
+from tests.engine_common.engine_fixtures import Suite, interpreting_run, run, server  # noqa: F401
+from tests.engine_vllm.engine_env import ENV
+
+
+@pytest.fixture(scope="session")
+def suite() -> Suite:
+    return Suite("tests.engine_vllm", ENV)

@@ -1,6 +1,6 @@
 """The environment of every engine of this suite."""
 
-from engines import CACHE
+from tests.engine_common.engines import CACHE
 
 # One thread per engine: two engines may run side by side, and the order of float additions is fixed.
 ENV = {

@@ -11,6 +11,8 @@ from typing import Any
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
+from tests.engine_vllm.forking_executor import ForkingExecutor
+
 DEFAULTS = {
     "max_model_len": 2304,
     "max_num_seqs": 64,
@@ -18,8 +20,10 @@ DEFAULTS = {
     "enforce_eager": True,
     "skip_tokenizer_init": True,
     "disable_log_stats": False,
-    "scheduler_cls": "step_recorder.RecordingScheduler",
+    "scheduler_cls": "tests.engine_vllm.step_recorder.RecordingScheduler",
 }
+SEVERAL_PROCESSES = {"tensor_parallel_size", "pipeline_parallel_size"}
+FORKED = {"distributed_executor_backend": ForkingExecutor}
 
 
 def run_engine(model: str, engine: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
@@ -30,7 +34,8 @@ def run_engine(model: str, engine: dict[str, Any], steps: list[dict[str, Any]]) 
         "scheduled": what each engine step scheduled, "seconds": [start, steps]}
     """
     begin = time.monotonic()
-    llm = LLM(model, **{**DEFAULTS, **engine})
+    executor = FORKED if SEVERAL_PROCESSES & engine.keys() else {}
+    llm = LLM(model, **{**DEFAULTS, **executor, **engine})
     started = time.monotonic()
     results = [STEPS[step.pop("op", "generate")](llm, **step) for step in steps]
     return {
@@ -146,7 +151,7 @@ def kv_groups(llm: LLM) -> list[dict]:
     ]
 
 
-def probe(llm: LLM, name: str, module: str = "probes") -> Any:
+def probe(llm: LLM, name: str, module: str = "tests.engine_vllm.probes") -> Any:
     """What ``<module>.<name>`` finds on the model of the first worker."""
     return llm.apply_model(getattr(importlib.import_module(module), name))[0]
 

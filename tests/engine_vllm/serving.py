@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine_env import ENV as ENGINE_ENV
-
 from lfm2_plugin.cli.server import free_port, serving
+from tests.engine_vllm.engine_env import ENV as ENGINE_ENV
 
 ENV = {k: v for k, v in ENGINE_ENV.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
 CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]

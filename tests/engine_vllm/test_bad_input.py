@@ -4,9 +4,10 @@
 show.
 """
 
-import broken
 import pytest
-from broken import BROKEN, unsaid, with_three_experts
+
+from tests.engine_common import broken
+from tests.engine_common.broken import BROKEN, unsaid, with_three_experts
 
 pytestmark = pytest.mark.engine
 

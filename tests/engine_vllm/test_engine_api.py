@@ -4,7 +4,6 @@
 """
 
 import ast
-import dataclasses
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,13 +39,7 @@ def metadata(decode_blocks, prefill_blocks, tokens, **others):
         "num_accepted_tokens": None,
         "seq_lens": torch.zeros(1, dtype=torch.int32),
     }
-    # 0.31 asks for some more, of modes that 0.32 dropped.
-    others_required = {
-        field.name: None
-        for field in dataclasses.fields(engine_api.ShortConvAttentionMetadata)
-        if field.default is dataclasses.MISSING
-    }
-    return engine_api.ShortConvAttentionMetadata(**(others_required | fields | others))
+    return engine_api.ShortConvAttentionMetadata(**(fields | others))
 
 
 def test_nothing_is_missing_here():

@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-import example_runs
 import pytest
-import serving_checks
 import torch
-from example_runs import EXAMPLES, kept_demo, run
 
 from lfm2_plugin.cli.demo import NAME
+from tests.engine_common import example_runs, serving_checks
+from tests.engine_common.example_runs import EXAMPLES, kept_demo, run
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
 """The GPU benchmark calls the engine's own kernels right, and they give what ours give; in Triton's interpreter."""
 
 import pytest
-from builtin_kernels import CASES, compared
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+from tests.engine_common.builtin_kernels import CASES, compared
+
+pytestmark = [pytest.mark.engine, pytest.mark.matrix]
 
 
 def test_the_built_ins_kernels_are_ours_to_the_state():

@@ -15,7 +15,10 @@ def found(run) -> dict:
         "partial_weight_update",
         "expert_count_update",
     )
-    steps = [{"op": "probe", "name": name, "module": "interface_probes"} for name in names]
+    steps = [
+        {"op": "probe", "name": name, "module": "tests.engine_vllm.interface_probes"}
+        for name in names
+    ]
     return dict(zip(names, run("small", ENGINE, steps)["steps"], strict=True))
 
 

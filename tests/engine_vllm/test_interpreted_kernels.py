@@ -4,10 +4,12 @@ The kernels are ours and those of vLLM's runners: V1, which all other tests have
 """
 
 import pytest
-from interpreted import TOKENS, asked, assert_same_beginnings
-from references import assert_same, cases
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+from tests.engine_common.interpreted import TOKENS, asked, assert_same_beginnings
+from tests.engine_common.references import assert_same, cases
+from tests.tiers import matrix
+
+pytestmark = pytest.mark.engine
 
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 RUNNERS = {"V1": "0", "V2": "1"}
@@ -27,12 +29,13 @@ def on_runner(runner: str, **env: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "runner"), zip(MODES.values(), ("V2", "V1"), strict=True), ids=MODES
+    ("mode", "runner"), [("prefix cache, chunked", "V2"), matrix("drafts", "V1")]
 )
-def test_tokens(interpreting_run, engine, runner):
+def test_tokens(interpreting_run, mode, runner):
+    engine = MODES[mode]
     prompts = asked("beta")
     step = {"prompts": [c.prompt for c in prompts], "params": {"max_tokens": TOKENS}}
-    probe = {"op": "probe", "name": "kernels_in_use", "module": "kernel_probes"}
+    probe = {"op": "probe", "name": "kernels_in_use", "module": "tests.engine_common.kernel_probes"}
     steps = [step, step, probe]
     options = {"dtype": "float32", "max_num_seqs": 4, **engine}
     first, second, kernels = interpreting_run("beta", options, steps, env=on_runner(runner))[
@@ -45,6 +48,7 @@ def test_tokens(interpreting_run, engine, runner):
         assert any(out["cached"] for out in second)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_drafts_beside_the_prefix_cache(interpreting_run, runner):
     """The runner's kernels copy a state on, accepted drafts and all, where a block ends; our operator is native."""

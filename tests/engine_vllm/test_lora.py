@@ -1,10 +1,20 @@
 """Adapters made by PEFT answer like the model they were merged into; the base model stays as it was."""
 
 import pytest
-from adapters import ATTENTION, CONV, EXPERTS, MLP, adapted_cases, adapter, all_adapted_cases
-from references import assert_same, cases, wrong
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+from tests.engine_common.adapters import (
+    ATTENTION,
+    CONV,
+    EXPERTS,
+    MLP,
+    adapted_cases,
+    adapter,
+    all_adapted_cases,
+)
+from tests.engine_common.references import assert_same, cases, wrong
+from tests.tiers import matrix
+
+pytestmark = pytest.mark.engine
 
 LORA = {"dtype": "float32", "enable_lora": True, "max_lora_rank": 8}
 TARGETS = {
@@ -16,13 +26,17 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("model", ["alpha", "beta"])
-def test_adapters_equal_the_merged_models(run, model):
+@pytest.mark.parametrize(
+    ("model", "targets"),
+    [("alpha", ["experts", "all"]), matrix("alpha", TARGETS), matrix("beta", TARGETS)],
+    ids=["alpha", "alpha, each", "beta, each"],
+)
+def test_adapters_equal_the_merged_models(run, model, targets):
     """One engine, every adapter in it; between them the base model. All prompts with the adapter on all modules."""
     base = {"prompts": [c.prompt for c in cases(model)[:40]]}
     steps, expected = [base], {"base": cases(model)[:40]}
-    for name, (modules, parameters) in TARGETS.items():
-        folder, merged = adapter(model, modules, parameters)
+    for name in targets:
+        folder, merged = adapter(model, *TARGETS[name])
         asked = (all_adapted_cases if name == "all" else adapted_cases)(model, merged)
         steps += [{"prompts": [c.prompt for c in asked], "lora": str(folder)}, base]
         expected |= {name: asked, f"base after {name}": expected["base"]}
@@ -34,13 +48,14 @@ def test_adapters_equal_the_merged_models(run, model):
         if (lines := wrong(outputs, asked))
     }
     assert not different
-    for name in TARGETS:
+    for name in targets:
         plain = {tuple(c.prompt): c.expected.tokens for c in cases(model)}
         known = [c for c in expected[name] if tuple(c.prompt) in plain]
         changed = [c for c in known if c.expected.tokens != plain[tuple(c.prompt)]]
         assert len(changed) > 20, name  # the adapter matters
 
 
+@pytest.mark.matrix
 def test_tensor_parallel(run):
     folder, merged = adapter("alpha", *TARGETS["all"])
     asked = adapted_cases("alpha", merged)

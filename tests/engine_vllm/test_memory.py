@@ -1,34 +1,58 @@
 """The conv state in vLLM's cache: its own planner and scheduler on the published models, no weights, no GPU."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.memory import VARIANTS, Case, Plan, plan_all
+from benchmarks.memory import VARIANTS, Case, Plan
 from benchmarks.models import config_of
 from lfm2_plugin.arch import Lfm2MoeArch
 from lfm2_plugin.capacity import GIB, Paging, capacity
+from tests.engine_common.engines import BUILTIN
+from tests.tiers import matrix
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = pytest.mark.engine
 
-MODELS = ("24b", "8b", "2.5-8b")
-CASES = [replace(Case(model), **changes) for model in MODELS for changes in VARIANTS.values()]
+MODELS = ["24b", matrix("8b"), matrix("2.5-8b")]
+SIDES = {"builtin": BUILTIN, "ours": {}}
 THIRD = 1 / 3
 HALF = 1 / 2
+Plans = Callable[[Case], tuple[Plan, Plan]]
+
+
+def cases_of(model: str) -> list[Case]:
+    return [replace(Case(model), **changes) for changes in VARIANTS.values()]
+
+
+CASES = cases_of("24b")
+CASES += [matrix(case, id=str(case)) for model in ("8b", "2.5-8b") for case in cases_of(model)]
 
 
 @pytest.fixture(scope="module")
-def plans() -> dict[str, dict[Case, Plan]]:
-    return {
-        side: dict(zip(CASES, plan_all(side, CASES), strict=True)) for side in ("builtin", "ours")
-    }
+def plans(server) -> Plans:
+    """The built-in's plan of a case and ours; a model's cases are planned at once when the first is asked for."""
+
+    @cache
+    def of_model(model: str, side: str) -> dict[Case, Plan]:
+        cases = cases_of(model)
+        entries = [asdict(case) for case in cases]
+        job = "planning_jobs:plan_all"
+        made = server.run(job, env=SIDES[side], side=side, cases=entries).get()
+        return dict(zip(cases, (Plan(**plan) for plan in made), strict=True))
+
+    def planned(case: Case) -> tuple[Plan, Plan]:
+        builtin, ours = (of_model(case.model, side)[case] for side in SIDES)
+        return builtin, ours
+
+    return planned
 
 
-def pair(plans: dict[str, dict[Case, Plan]], model: str, **changes: Any) -> tuple[Plan, Plan]:
-    case = replace(Case(model), **changes)
-    return plans["builtin"][case], plans["ours"][case]
+def pair(plans: Plans, model: str, **changes: Any) -> tuple[Plan, Plan]:
+    return plans(replace(Case(model), **changes))
 
 
 def test_the_built_in_is_what_the_requirement_was_written_against(plans):
@@ -40,8 +64,9 @@ def test_the_built_in_is_what_the_requirement_was_written_against(plans):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_conv_group_instead_of_three(plans, case: Case):
-    assert plans["builtin"][case].mamba_groups == 3
-    assert plans["ours"][case].mamba_groups == 1
+    builtin, ours = plans(case)
+    assert builtin.mamba_groups == 3
+    assert ours.mamba_groups == 1
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -81,18 +106,19 @@ def test_a_prompt_takes_one_step(plans, model: str):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nothing_holds_more_than_the_planner_reckons_with(plans, case: Case):
-    for side in ("builtin", "ours"):
-        assert plans[side][case].peak_bytes <= plans[side][case].conv_bytes
+    for plan in plans(case):
+        assert plan.peak_bytes <= plan.conv_bytes
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_never_fewer_requests(plans, case: Case):
-    assert plans["ours"][case].requests >= plans["builtin"][case].requests
+    builtin, ours = plans(case)
+    assert ours.requests >= builtin.requests
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_capacity_reckons_as_the_planner(plans, case: Case):
-    plan = plans["ours"][case]
+    _, plan = plans(case)
     found = capacity(
         Lfm2MoeArch.from_config(config_of(case.model)),
         case.device_gib * GIB,

@@ -1,8 +1,9 @@
 """What vLLM is told while it settles its options, before it starts a process: refusals, and our defaults."""
 
 import pytest
-from broken import BROKEN, unsaid
-from checkpoints import checkpoint
+
+from tests.engine_common.broken import BROKEN, unsaid
+from tests.engine_common.checkpoints import checkpoint
 
 pytestmark = pytest.mark.engine
 

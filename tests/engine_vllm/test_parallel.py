@@ -1,13 +1,14 @@
 """Several processes: tensor, pipeline and expert parallel give the tokens of one process."""
 
 import pytest
-from checkpoints import checkpoint
-from references import assert_bf16, assert_same, cases
-from serving import served
 
 from lfm2_plugin.cli.server import ServerFailed
+from tests.engine_common.checkpoints import checkpoint
+from tests.engine_common.references import assert_bf16, assert_same, cases
+from tests.engine_vllm.serving import served
+from tests.tiers import matrix
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = pytest.mark.engine
 
 OURS = "vllm_model.model.Lfm2MoeForCausalLM"
 
@@ -28,7 +29,11 @@ def ask(run, model: str, dtype: str = "float32", cache: bool = False, env=None, 
 
 @pytest.mark.parametrize(
     ("model", "dtype", "cache"),
-    [("alpha", "float32", True), ("beta", "float32", False), ("beta-calm", "bfloat16", False)],
+    [
+        ("alpha", "float32", True),
+        matrix("beta", "float32", False),
+        matrix("beta-calm", "bfloat16", False),
+    ],
 )
 def test_tensor_parallel(run, model, dtype, cache):
     ask(run, model, dtype, cache, tensor_parallel_size=2)
@@ -38,8 +43,8 @@ def test_tensor_parallel(run, model, dtype, cache):
     ("model", "cache", "partition"),
     [
         ("staged", True, "3,3"),  # the first stage has no expert layer
-        ("staged", False, "2,4"),  # one conv layer and three
-        ("beta", True, "3,2"),  # two conv layers and one
+        matrix("staged", False, "2,4"),  # one conv layer and three
+        matrix("beta", True, "3,2"),  # two conv layers and one
     ],
 )
 def test_pipeline_parallel(run, model, cache, partition):
@@ -51,9 +56,9 @@ def test_pipeline_parallel(run, model, cache, partition):
 @pytest.mark.parametrize(
     ("model", "partition", "eager", "text"),
     [
-        ("staged", "3,3", True, "Leave out --enforce-eager"),
+        matrix("staged", "3,3", True, "Leave out --enforce-eager"),
         ("alpha", "3,3", False, "would hold layers 3 to 5 and no attention layer"),
-        ("beta", "1,4", False, "would hold layers 0 to 0 and no short convolution layer"),
+        matrix("beta", "1,4", False, "would hold layers 0 to 0 and no short convolution layer"),
     ],
 )
 def test_pipelines_that_the_engine_can_not_run_are_refused(run, model, partition, eager, text):
@@ -63,11 +68,14 @@ def test_pipelines_that_the_engine_can_not_run_are_refused(run, model, partition
     assert text in refused.log
 
 
-@pytest.mark.parametrize(("model", "dtype"), [("alpha", "float32"), ("beta-calm", "bfloat16")])
+@pytest.mark.parametrize(
+    ("model", "dtype"), [("alpha", "float32"), matrix("beta-calm", "bfloat16")]
+)
 def test_expert_parallel(run, model, dtype):
     ask(run, model, dtype, tensor_parallel_size=2, enable_expert_parallel=True)
 
 
+@pytest.mark.matrix  # that it is refused without a process of its own: test_options.py
 def test_data_parallel_is_refused_on_a_cpu(tmp_path):
     """vLLM's CPU communicator lacks the gather that an MoE model's replicas need, whatever the model."""
     options = ["--dtype", "float32", "--data-parallel-size", "2", "--skip-tokenizer-init"]

@@ -1,8 +1,9 @@
 """A KV cache too small for the load: requests are preempted, computed again, and answer the same."""
 
 import pytest
-from references import assert_bf16, assert_same, cases
-from releases import slow
+
+from tests.engine_common.references import assert_bf16, assert_same, cases
+from tests.tiers import matrix
 
 pytestmark = pytest.mark.engine
 
@@ -11,10 +12,10 @@ pytestmark = pytest.mark.engine
     ("model", "dtype", "cache"),
     [
         ("alpha", "float32", False),
-        slow("alpha", "float32", True),
-        slow("beta", "float32", False),
-        slow("beta", "float32", True),
-        slow("alpha-calm", "bfloat16", True),
+        matrix("alpha", "float32", True),
+        matrix("beta", "float32", False),
+        matrix("beta", "float32", True),
+        matrix("alpha-calm", "bfloat16", True),
     ],
 )
 def test_preempted_requests_answer_the_same(run, model, dtype, cache):

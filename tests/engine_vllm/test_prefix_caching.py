@@ -2,18 +2,19 @@
 
 import pytest
 import torch
-from conversations import ANSWER, conversations, hits, shared_beginnings
-from references import assert_same, cases
-from releases import slow
-from tolerances import BOUNDS
+
+from tests.engine_common.conversations import ANSWER, conversations, hits, shared_beginnings
+from tests.engine_common.references import assert_same, cases
+from tests.tiers import matrix
+from tests.tolerances import BOUNDS
 
 pytestmark = pytest.mark.engine
 
 CACHE = {"dtype": "float32", "enable_prefix_caching": True}
 
 
-@pytest.mark.parametrize("block", [32, 128])
-@pytest.mark.parametrize("model", ["alpha", slow("beta")])
+@pytest.mark.parametrize("block", [32, matrix(128)])
+@pytest.mark.parametrize("model", ["alpha", matrix("beta")])
 def test_turns_and_shared_beginnings(run, model, block):
     """In one engine: five turns of twelve conversations, then a shared system prompt, alone and
     together, then the 200 prompts twice, when the second time finds the first's blocks."""
@@ -41,7 +42,7 @@ def test_turns_and_shared_beginnings(run, model, block):
     assert hits(result[8]) > hits(result[7])
 
 
-@pytest.mark.parametrize("budget", [32, slow(200)])
+@pytest.mark.parametrize("budget", [32, matrix(200)])
 def test_chunked_prefill_with_cache(run, budget):
     engine = {**CACHE, "block_size": 32, "max_num_batched_tokens": budget, "max_num_seqs": 16}
     step = {"prompts": [c.prompt for c in cases("alpha")]}
@@ -51,7 +52,7 @@ def test_chunked_prefill_with_cache(run, budget):
     assert hits(result[1]) > 40
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", matrix("bfloat16")])
 def test_a_hit_changes_no_logprob(run, dtype):
     """The same prompt, cold and from the cache: equal tokens, logprobs equal to rounding."""
     asked = shared_beginnings("alpha", common=256, count=16)

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import make_config
+from transformers import LlamaConfig
+from vllm import __version__ as vllm_version
 
 from lfm2_plugin.register import ARCHITECTURE, VLLM_CLASS
+from tests.tiny import make_config
 
 pytestmark = pytest.mark.engine
 
@@ -21,7 +23,6 @@ from vllm.config.logging import LoggingConfig
 from vllm.logger import configure_logging
 configure_logging(LoggingConfig())
 """
-LOAD = "from vllm.plugins import load_general_plugins; load_general_plugins(); print('LOADED')"
 RESOLVE = f"""
 {LOGGING}
 import json
@@ -127,11 +128,32 @@ def test_switched_off_the_builtin_serves(switch: dict[str, str]):
     assert bool(said) == ("LFM2_PLUGIN" in switch)
 
 
-def test_a_broken_front_stops_vllm(tmp_path: Path):
-    done = run(LOAD, **shadow(tmp_path, __init__="raise ImportError('libbroken.so: no such file')"))
+# A front for which this vLLM is too old, in every process.
+TOO_OLD = "SUPPORTED = ('99.0.0', '99.1.0')"
+
+
+def test_a_vllm_too_old_refuses_our_architecture_with_one_error(tmp_path: Path, config_folder: str):
+    """It is raised in the process that the user started."""
+    done = run(CONFIGURE, config_folder, **shadow(tmp_path, __init__=TOO_OLD))
     assert done.returncode != 0
-    assert "LOADED" not in done.stdout
-    assert "ImportError: libbroken.so: no such file" in done.stderr
+    assert "ARCHITECTURE" not in done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"PluginError: lfm2-plugin can't serve {ARCHITECTURE}" in last
+    assert (
+        f"vLLM {vllm_version} is too old for lfm2-plugin, which supports 99.0.0 to 99.1.0" in last
+    )
+    assert "LFM2_PLUGIN=off" in last
+
+
+def test_a_vllm_too_old_serves_every_other_architecture(tmp_path: Path):
+    LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path / "llama")  # fmt: skip
+    done = run(CONFIGURE, str(tmp_path / "llama"), **shadow(tmp_path, __init__=TOO_OLD))
+    said = done.stdout + done.stderr
+    assert "ARCHITECTURE LlamaForCausalLM" in said
+    assert f"lfm2-plugin can't serve {ARCHITECTURE}: vLLM {vllm_version} is too old" in said
 
 
 def test_a_broken_model_is_not_replaced_by_the_builtin(tmp_path: Path, config_folder: str):

@@ -1,14 +1,15 @@
 """What users ask of an engine beside greedy tokens: n, logprobs, stops, aborts, structured output."""
 
 import pytest
-import sampling_checks
 import torch
-from checkpoints import checkpoint
-from hf_reference import load
-from references import Case, assert_same, cases
-from tolerances import BOUNDS
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+from tests.engine_common import sampling_checks
+from tests.engine_common.checkpoints import checkpoint
+from tests.engine_common.hf_reference import load
+from tests.engine_common.references import Case, assert_same, cases
+from tests.tolerances import BOUNDS
+
+pytestmark = pytest.mark.engine
 
 NOISE = BOUNDS["engine_logprob", torch.float32].atol
 ENGINE = {"dtype": "float32", "enable_prefix_caching": True}

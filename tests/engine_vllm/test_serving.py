@@ -6,13 +6,14 @@ import json
 import subprocess
 
 import pytest
-import serving_checks
-from checkpoints import DEMO
-from demo_reference import answers, held_out, score
-from openai_http import body, text_of
-from serving import command, served
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+from tests.engine_common import serving_checks
+from tests.engine_common.checkpoints import DEMO
+from tests.engine_common.demo_reference import answers, held_out, score
+from tests.engine_common.openai_http import body, text_of
+from tests.engine_vllm.serving import command, served
+
+pytestmark = pytest.mark.engine
 
 OPTIONS = ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "64"]
 OPTIONS += ["--enforce-eager"]  # the server of test_examples.py is compiled

@@ -1,8 +1,9 @@
 """n-gram speculation: drafts are made and accepted, and the tokens are those of the model alone."""
 
 import pytest
-from references import assert_bf16, assert_same, cases
-from releases import slow
+
+from tests.engine_common.references import assert_bf16, assert_same, cases
+from tests.tiers import matrix
 
 pytestmark = pytest.mark.engine
 
@@ -37,11 +38,11 @@ def assert_drafts_were_used(metrics: dict[str, float], share: float = 0.0) -> No
     ("model", "count", "share"),
     [
         ("demo", 3, 0.1),  # copies much of its prompts
-        *[slow("demo", count, 0.1) for count in (1, 2, 5, 8)],
+        *[matrix("demo", count, 0.1) for count in (1, 2, 5, 8)],
         *[
-            slow("alpha", 3, 0),
-            slow("beta", 4, 0),
-            slow("beta", 7, 0),
+            matrix("alpha", 3, 0),
+            matrix("beta", 4, 0),
+            matrix("beta", 7, 0),
         ],  # random: nearly all is rejected
     ],
 )
@@ -69,7 +70,7 @@ def test_with_chunked_prefill_and_few_blocks(run):
     assert result["metrics"]["vllm:num_preemptions"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_compiled_bfloat16(run):
     engine = engine_with(3, dtype="bfloat16", enforce_eager=False)
     step = {"prompts": [c.prompt for c in cases("demo")], "params": {"logprobs": 0}}

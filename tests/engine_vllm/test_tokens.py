@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from references import NEW_TOKENS, assert_bf16, assert_same, bf16_view, cases
-from releases import slow
-from tolerances import HALF_PRECISION_ERROR_RATIO
+
+from tests.engine_common.references import NEW_TOKENS, assert_bf16, assert_same, bf16_view, cases
+from tests.tiers import matrix
+from tests.tolerances import HALF_PRECISION_ERROR_RATIO
 
 pytestmark = pytest.mark.engine
 
 OURS = "vllm_model.model.Lfm2MoeForCausalLM"
-MODELS = ["alpha", "beta", "demo"]
+MODELS = ["alpha", matrix("beta"), matrix("demo")]
 NO_CACHE = {"enable_prefix_caching": False}
 
 
@@ -29,7 +30,7 @@ def test_alone_and_in_mixed_batches(run, model):
     assert together == 64
 
 
-@pytest.mark.parametrize("model", ["alpha", *(slow(m) for m in ("beta", "demo"))])
+@pytest.mark.parametrize("model", ["alpha", *(matrix(m) for m in ("beta", "demo"))])
 def test_compiled(run, model):
     step = {"prompts": prompts_of(model)}
     result = run(model, {"dtype": "float32", "enforce_eager": False, **NO_CACHE}, [step])
@@ -37,7 +38,8 @@ def test_compiled(run, model):
 
 
 @pytest.mark.parametrize(
-    ("model", "budget"), [("alpha", 16), ("beta", 48), ("alpha", 100), ("beta", 256)]
+    ("model", "budget"),
+    [matrix("alpha", 16), ("beta", 48), matrix("alpha", 100), matrix("beta", 256)],
 )
 def test_chunked_prefill(run, model, budget):
     """No step takes more than ``budget`` tokens, so a prompt of 2,000 takes up to 125 of them."""
@@ -48,10 +50,10 @@ def test_chunked_prefill(run, model, budget):
     assert max(sizes) == budget
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, matrix(True)], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
     "model",
-    ["alpha-calm", *(slow(m) for m in ("beta-calm", "demo"))],
+    ["alpha-calm", *(matrix(m) for m in ("beta-calm", "demo"))],
 )
 def test_bfloat16(run, model, compiled):
     """Decoding, and on forced text (prefill): no further from float32 than twice transformers' bf16."""
@@ -70,6 +72,7 @@ def test_bfloat16(run, model, compiled):
     assert (ours - exact).abs().mean() <= allowed
 
 
+@pytest.mark.matrix
 def test_chunked_prefill_bfloat16(run):
     engine = {"dtype": "bfloat16", "max_num_batched_tokens": 48, "max_num_seqs": 16, **NO_CACHE}
     step = {"prompts": prompts_of("alpha-calm"), "params": {"logprobs": 0}}

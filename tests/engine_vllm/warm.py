@@ -3,7 +3,7 @@
 import os
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from interpreter_mends import stand_in_for_triton_cpu
+    from tests.interpreter_mends import stand_in_for_triton_cpu
 
     stand_in_for_triton_cpu()
 

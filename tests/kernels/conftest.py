@@ -6,9 +6,10 @@ DEVICE = os.environ.get("LFM2_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
-import interpreter  # noqa: E402
 import pytest  # noqa: E402
-from interpreter_mends import mend  # noqa: E402
+
+from tests.interpreter_mends import mend  # noqa: E402
+from tests.kernels import interpreter  # noqa: E402
 
 if DEVICE == "cpu":
     mend()

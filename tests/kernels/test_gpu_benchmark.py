@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import Watch
 
 from benchmarks.gpu import short_conv as benchmark
 from benchmarks.gpu.short_conv import Case, Row
+from tests.kernels.interpreter import Watch
 
 SMALL = [Case("decodes", decodes=3), Case("prompts", prompts=(20, 1)), Case("mixed", 2, (5,))]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from gpu_code import compiled
 
 from lfm2_plugin.ops.router.triton import TOKENS
+from tests.kernels.gpu_code import compiled
+from tests.tiers import matrix
 
 EXPERTS = (8, 16, 32, 64, 128)
 VARIANTS = {
@@ -23,7 +24,8 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(
-    ("backend", "arch"), [("cuda", "90"), ("cuda", "75"), ("cuda", "120"), ("hip", "gfx942")]
+    ("backend", "arch"),
+    [("cuda", "90"), matrix("cuda", "75"), matrix("cuda", "120"), matrix("hip", "gfx942")],
 )
 def test_compiles_without_spilling(backend: str, arch: str) -> None:
     found = compiled("router", VARIANTS, backend, arch)

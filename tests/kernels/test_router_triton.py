@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import Watch
-from tolerances import assert_within
 
 from lfm2_plugin.ops.router import route_naive
 from lfm2_plugin.ops.router.triton import TOKENS, route_triton
+from tests.kernels.interpreter import Watch
+from tests.tiers import matrix
+from tests.tolerances import assert_within
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [matrix(torch.float32), torch.bfloat16, matrix(torch.float16)]
 SHAPES = [(0, 4, 2), (1, 1, 1), (1, 8, 2), (5, 6, 6), (TOKENS, 16, 4), (TOKENS + 1, 32, 4)]
 SHAPES += [(33, 64, 4), (20, 128, 8), (9, 33, 5)]
 

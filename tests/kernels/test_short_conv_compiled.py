@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from gpu_code import compiled
 
 from lfm2_plugin.ops.short_conv.triton import CHANNELS, ROWS
+from tests.kernels.gpu_code import compiled
+from tests.tiers import matrix
 
 # The published models; the taps lie tap after tap, the states channel after channel ("vLLM"), or the two columns of
 # each channel side by side, taken as one integer ("SGLang") or not ("columns apart").
@@ -64,7 +65,9 @@ def test_no_register_is_spilled(hopper, name: str) -> None:
         assert hopper[name]["registers"] <= 128
 
 
-@pytest.mark.parametrize(("backend", "arch"), [("cuda", "75"), ("cuda", "120"), ("hip", "gfx942")])
+@pytest.mark.parametrize(
+    ("backend", "arch"), [matrix("cuda", "75"), matrix("cuda", "120"), matrix("hip", "gfx942")]
+)
 def test_other_gpus_compile_it(backend: str, arch: str) -> None:
     found = compiled(
         "short_conv", {name: VARIANTS[name] for name in ("vLLM", "SGLang")}, backend, arch

@@ -6,13 +6,14 @@ import random
 
 import pytest
 import torch
-from gpu_code import compiled
-from interpreter import Watch, in_order
-from short_conv_steps import DTYPES, same_bits
-from tolerances import assert_within
 
 from lfm2_plugin.ops.short_conv_drafts import branches, chain, short_conv_drafts_naive, triton
 from lfm2_plugin.ops.short_conv_drafts.triton import CHANNELS, short_conv_drafts_triton
+from tests.kernels.gpu_code import compiled
+from tests.kernels.interpreter import Watch, in_order
+from tests.short_conv_steps import DTYPES, same_bits
+from tests.tiers import matrix
+from tests.tolerances import assert_within
 
 # S, q, K, D
 SHAPES = [
@@ -133,7 +134,8 @@ def test_what_a_draft_touches(watch: Watch, K: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "arch"), [("cuda", "90"), ("cuda", "75"), ("cuda", "120"), ("hip", "gfx942")]
+    ("backend", "arch"),
+    [("cuda", "90"), matrix("cuda", "75"), matrix("cuda", "120"), matrix("hip", "gfx942")],
 )
 def test_gpus_that_are_not_here_compile_it(backend: str, arch: str) -> None:
     """As SGLang lays out its states, with and without a bias, at widths 3 and 8; no register is spilled."""

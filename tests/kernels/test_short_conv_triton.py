@@ -8,8 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreter import Watch, in_order
-from short_conv_steps import (
+
+from lfm2_plugin.ops.short_conv import short_conv_naive, triton
+from lfm2_plugin.ops.short_conv.triton import ROWS, short_conv_triton
+from tests.kernels.interpreter import Watch, in_order
+from tests.short_conv_steps import (
     CASES,
     COMPANY,
     DTYPES,
@@ -19,10 +22,8 @@ from short_conv_steps import (
     make_step,
     same_bits,
 )
-from tolerances import assert_within
-
-from lfm2_plugin.ops.short_conv import short_conv_naive, triton
-from lfm2_plugin.ops.short_conv.triton import ROWS, short_conv_triton
+from tests.tiers import matrix
+from tests.tolerances import assert_within
 
 LARGE = [
     Case("long-prefill", prefills=[3 * ROWS + 5], fresh=[0], checkpoints=[ROWS + 1]),
@@ -30,6 +31,9 @@ LARGE = [
     Case("nulls-between", prefills=[20, 20, 20], nulls=[1], padding=ROWS + 3),
     Case("one-channel", decodes=[1, 1], prefills=[9], dim=1),
     Case("more-channels-than-a-program", decodes=[1], prefills=[5], dim=1025),
+]
+BFLOAT16_FIRST = [
+    torch.bfloat16 if dtype == torch.bfloat16 else matrix(dtype, id=str(dtype)) for dtype in DTYPES
 ]
 
 
@@ -68,7 +72,7 @@ def both(step, case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], list
     return outs, states
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
 def test_triton_equals_naive(step, case: Case, dtype: torch.dtype) -> None:
     outs, states = both(step, case, dtype)
@@ -77,6 +81,7 @@ def test_triton_equals_naive(step, case: Case, dtype: torch.dtype) -> None:
     assert same_bits(states[0], states[1])
 
 
+@pytest.mark.matrix
 def test_a_thousand_sequences(step) -> None:
     """One dtype: the interpreter takes some 20 ms a program."""
     case = Case(
@@ -107,11 +112,13 @@ ORDERED = {"decode-null", "prefill-checkpoint", "mixed-null-padding", "drafts-mi
 """Every kind of sequence. That of all cases no program touches what another writes is the next test's."""
 
 
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("order", [matrix("backwards"), matrix("odd first"), "shuffled"])
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.name in ORDERED] + [c for c in LARGE if c.dim < 1000], ids=str
 )
-def test_the_order_of_programs_does_not_matter(interpreted, monkeypatch, case: Case, order) -> None:
+def test_the_order_of_programs_does_not_matter(
+    interpreted, monkeypatch, case: Case, order: str
+) -> None:
     monkeypatch.setattr(triton, "CHANNELS", 16)
     bcx, weight, bias, state, batch = make_step(case, torch.bfloat16)
     results = []
@@ -120,7 +127,7 @@ def test_the_order_of_programs_does_not_matter(interpreted, monkeypatch, case: C
         after = state.clone(memory_format=torch.preserve_format)
         out = torch.full((bcx.shape[0], case.dim), float("nan"), dtype=torch.bfloat16)
         if permuted:
-            in_order(monkeypatch, order)
+            in_order(monkeypatch, ORDERS[order])
         short_conv_triton(bcx, weight, bias, after, batch, out)
         results.append((out, after))
     assert torch.equal(results[0][0], results[1][0])
