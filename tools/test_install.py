@@ -165,18 +165,19 @@ class Workshop:
             "COLUMNS": "200",
         }
         self.stand_in = "" if cpu_index_is_reachable() else os.environ.get("PIP_FIND_LINKS", "")
-        self.has_cpu_torch: dict[str, bool] = {}
-        self.tools = self._venv("tools", sys.executable)
-        self.uv = str(self.tools / "bin" / "uv")
+        self.tools = folder / "tools"
+        run([sys.executable, "-m", "venv", str(self.tools)], self.environment)
         run([*self._pip(self.tools), "--quiet", "build", "uv"], self.environment)
+        self.uv = str(self.tools / "bin" / "uv")
         self.sources = self._sources()
 
-    def _venv(self, name: str, python: str, uv: bool = False) -> Path:
-        """A fresh environment as pip's users make it, or as uv's do: without pip."""
-        folder = self.folder / name
-        shutil.rmtree(folder, ignore_errors=True)
-        maker = [self.uv, "venv", "--python", python] if uv else [python, "-m", "venv"]
-        run([*maker, str(folder)], self.environment)
+    def _venv(self, python: str, tool: str) -> Path:
+        """A fresh environment with the given pip, or as uv's users have it, without one."""
+        folder = self.folder / "venv"
+        run([self.uv, "venv", "--clear", "--python", python, str(folder)], self.environment)
+        if tool != "uv":
+            pip = "pip" if tool == "newest pip" else f"pip=={OLD_PIP}"
+            run([*self._uv_pip(folder), pip], self.environment)
         return folder
 
     def _pip(self, venv: Path) -> list[str]:
@@ -220,12 +221,9 @@ class Workshop:
         python = find_python(attempt.python)
         if attempt.source == "git" and shutil.which("git") is None:
             raise Skipped("no git here")
-        venv = self._venv("venv", python, uv=attempt.tool == "uv")
         if attempt.line.extra.endswith("-cpu"):
-            self._need_cpu_torch(attempt.python, venv)
-        if attempt.tool != "uv":
-            pip = "pip" if attempt.tool == "newest pip" else f"pip=={OLD_PIP}"
-            run([*self._pip(venv), "--quiet", "--upgrade", pip], self.environment)
+            self._need_cpu_torch(attempt.python)
+        venv = self._venv(python, attempt.tool)
         for command in attempt.line.commands:
             run(self.command(command, attempt, venv), self.environment, self.folder)
         if not attempt.dry:
@@ -251,22 +249,18 @@ class Workshop:
             return [*self._uv_pip(venv), *dry, *words]
         return [*self._pip(venv), *dry, *words]
 
-    def _need_cpu_torch(self, version: str, venv: Path) -> None:
+    def _need_cpu_torch(self, python: str) -> None:
         """Skip where no CPU build of the torch that the extras want is to be had for a Python."""
-        wanted = re.search(r'"torch(==[\d.]+)"', (ROOT / "setup.py").read_text())
-        requirement = f"torch{wanted[1] if wanted else ''}+cpu"
-        if version not in self.has_cpu_torch:
-            links = ["--find-links", self.stand_in] if self.stand_in else []
-            index = links or ["--torch-backend", "cpu"]
-            command = [*self._uv_pip(venv), "--dry-run", "--no-deps", *index, requirement]
-            try:
-                run(command, self.environment)
-            except Failed:
-                self.has_cpu_torch[version] = False
-            else:
-                self.has_cpu_torch[version] = True
-        if not self.has_cpu_torch[version]:
-            raise Skipped(f"no {requirement} for Python {version} within reach")
+        wanted = re.search(r'"(torch==[\d.]+)"', (ROOT / "setup.py").read_text())
+        requirements = self.folder / "torch.txt"
+        requirements.write_text(f"{wanted[1] if wanted else 'torch'}+cpu\n")
+        index = ["--find-links", self.stand_in] if self.stand_in else ["--torch-backend", "cpu"]
+        command = [self.uv, "pip", "compile", "--no-deps", "--python-version", python, *index]
+        try:
+            run([*command, str(requirements)], self.environment)
+        except Failed:
+            text = requirements.read_text().strip()
+            raise Skipped(f"no {text} for Python {python} within reach") from None
 
     def check(self, venv: Path, with_engine: bool) -> None:
         """That what was installed works, or says what is missing."""
