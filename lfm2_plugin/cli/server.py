@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,16 +15,26 @@ import httpx
 STOP_GRACE_S = 20
 LOG_TAIL_LINES = 25
 PROGRESS_S = 15
+# How a traceback ends, in a log or plain. An engine's parent process raises one that only points to its child's.
+EXCEPTION = re.compile(
+    r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): (?!.*root cause).+)$", re.MULTILINE
+)
 
 
 class ServerFailed(RuntimeError):
-    """The server did not come up or died; the text ends with the tail of its log."""
+    """The server can't be started, did not come up, or died: one line, with the end of its log as a note."""
 
 
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
+def free_port(wanted: int = 0) -> int:
+    """A TCP port that was free a moment ago: the one asked for, or any.
+
+    Raises:
+        OSError: the one asked for is taken, or not for us.
+    """
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        # As servers do: a port whose last connections linger is free, one that is listened on is not.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", wanted))
         return int(probe.getsockname()[1])
 
 
@@ -79,6 +90,15 @@ def tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
+def failure(what: str, log: Path) -> ServerFailed:
+    """The error for a server that does not serve: what happened, why by its log, and where that is."""
+    raised = EXCEPTION.findall(log.read_text(errors="replace"))
+    why = raised[-1] if raised else tail(log, 1)
+    error = ServerFailed(f"{what}: {why[:400]} (log: {log}; `lfm2 doctor` checks the installation)")
+    error.add_note(f"The end of the log:\n{tail(log)}")
+    return error
+
+
 def _wait(
     process: subprocess.Popen[bytes],
     url: str,
@@ -90,9 +110,8 @@ def _wait(
     news = ""
     while time.monotonic() - start < timeout_s:
         if process.poll() is not None:
-            raise ServerFailed(
-                f"the server ended with exit status {process.returncode} before it was ready. "
-                f"The end of its log ({log}):\n{tail(log)}"
+            raise failure(
+                f"the server ended with exit status {process.returncode} before it was ready", log
             )
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health", timeout=5).status_code == 200:
@@ -102,6 +121,4 @@ def _wait(
             progress(f"{time.monotonic() - start:4.0f} s  {'...' if last == news else last}")
             news, said = last, time.monotonic()
         time.sleep(0.5)
-    raise ServerFailed(
-        f"the server was not healthy within {timeout_s:.0f} s. The end of its log ({log}):\n{tail(log)}"
-    )
+    raise failure(f"the server was not healthy within {timeout_s:.0f} s", log)

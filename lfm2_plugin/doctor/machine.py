@@ -5,7 +5,7 @@ import platform
 import shutil
 import sysconfig
 from collections.abc import Iterator
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 import lfm2_plugin
@@ -38,7 +38,7 @@ def machine_findings() -> Iterator[Finding]:
     """CPU, memory, GPUs, and what torch.compile needs to build its kernels."""
     found, model = cpu_flags()
     sets = ", ".join(name for name in INSTRUCTION_SETS if name in found) or "none of the known ones"
-    yield Finding("machine", "cpu", "ok", f"{model}, {len(os.sched_getaffinity(0))} cores usable")
+    yield Finding("machine", "cpu", "ok", f"{model}, {usable_cores()} cores usable")
     yield Finding("machine", "instruction sets", "ok", sets)
     yield Finding("machine", "memory", "ok", f"{_memory_gib():.1f} GiB")
     yield from _torch_findings()
@@ -65,11 +65,22 @@ def cpu_flags(cpuinfo: Path = CPUINFO) -> tuple[set[str], str]:
     return set(flags.split()), fields.get("model name") or platform.machine()
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on; all of the machine's where the system can't tell, as on macOS."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _memory_gib() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 def _torch_findings() -> Iterator[Finding]:
+    if util.find_spec("torch") is None:
+        remedy = "install an engine, which brings the torch that it needs"
+        yield Finding("machine", "torch", "fault", "not installed", remedy)
+        return
     import torch
 
     yield Finding("machine", "torch uses", "ok", torch.backends.cpu.get_cpu_capability())

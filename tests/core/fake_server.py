@@ -1,10 +1,12 @@
-"""Stands in for ``vllm serve`` in test_cli.py: ``python fake_server.py PORT [behaviour]``."""
+"""Stands in for ``vllm serve`` in test_cli.py: ``python fake_server.py PORT [behaviour] [file for a worker's id]``."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 PORT, BEHAVIOUR = int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "well"
 
@@ -28,6 +30,9 @@ class Handler(BaseHTTPRequestHandler):
             events = [*parts, {"choices": [], "usage": {"completion_tokens": 2}}]
             lines = [f"data: {json.dumps(event)}\n\n" for event in events]
             self.answer(200, "text/event-stream", "".join([*lines, "data: [DONE]\n\n"]))
+            if BEHAVIOUR == "crashes later":
+                print("ValueError: no more", flush=True)
+                os._exit(3)
         else:
             choice = {"message": {"content": "three"}}
             reply = {"choices": [choice], "usage": {"completion_tokens": 1}}
@@ -39,8 +44,13 @@ class Handler(BaseHTTPRequestHandler):
 
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print("WORKER", worker.pid, flush=True)
+if len(sys.argv) > 3:
+    Path(sys.argv[3]).write_text(str(worker.pid))
 if BEHAVIOUR == "dies":
     sys.exit("CUDA error: not really")
+if BEHAVIOUR == "raises":
+    print("(Worker pid=7) ERROR 01-01 [worker.py:1] torch.OutOfMemoryError: 1 GiB is lacking")
+    raise RuntimeError("Engine core initialization failed. See root cause above.")
 if BEHAVIOUR == "anonymous":
     print("Starting to load model", flush=True)
 else:

