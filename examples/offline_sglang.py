@@ -1,4 +1,4 @@
-"""Generate offline with SGLang: ``python examples/offline_sglang.py [MODEL]``.
+"""Generate offline with SGLang: ``python examples/offline_sglang.py [MODEL] [options of its server]``.
 
 MODEL is a folder or a Hugging Face name such as LiquidAI/LFM2-8B-A1B; without one, the demo model
 of this package. Nothing here is specific to the plugin: installing it is all that it takes.
@@ -7,17 +7,23 @@ of this package. Nothing here is specific to the plugin: installing it is all th
 import sys
 
 import sglang as sgl
+from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from lfm2_plugin.demo import model_path
 
+# Defaults for a small model; of an option that is given twice, the last one counts.
+DEFAULTS = ["--context-length", "2048", "--max-running-requests", "8", "--log-level", "warning"]
 
-def main(model: str) -> None:
-    engine = sgl.Engine(
-        model_path=model,
-        context_length=2048,
-        max_running_requests=8,
-        log_level="warning",
-    )
+
+def engine_options(arguments: list[str]) -> ServerArgs:
+    """The options of SGLang's own server from the command line, which may begin with a model."""
+    has_model = bool(arguments) and not arguments[0].startswith("-")
+    model = arguments[0] if has_model else str(model_path())
+    return prepare_server_args(["--model-path", model, *DEFAULTS, *arguments[has_model:]])
+
+
+def main() -> None:
+    engine = sgl.Engine(server_args=engine_options(sys.argv[1:]))
     greedy = {"temperature": 0, "max_new_tokens": 64}
     try:
         # Plain text to be continued; a list is served as one batch.
@@ -46,4 +52,4 @@ def main(model: str) -> None:
 
 
 if __name__ == "__main__":  # SGLang starts its processes anew, and they import this file again
-    main(sys.argv[1] if len(sys.argv) > 1 else str(model_path()))
+    main()

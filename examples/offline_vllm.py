@@ -1,18 +1,28 @@
-"""Generate offline with vLLM: ``python examples/offline_vllm.py [MODEL]``.
+"""Generate offline with vLLM: ``python examples/offline_vllm.py [MODEL] [options of vllm serve]``.
 
 MODEL is a folder or a Hugging Face name such as LiquidAI/LFM2-8B-A1B; without one, the demo model
-of this package. Nothing here is specific to the plugin: installing it is all that it takes.
+of this package. ``--enforce-eager`` starts sooner. Nothing here is specific to the plugin: installing
+it is all that it takes.
 """
 
-import sys
-
-from vllm import LLM, SamplingParams
+from vllm import LLM, EngineArgs, SamplingParams
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from lfm2_plugin.demo import model_path
 
 
-def main(model: str) -> None:
-    llm = LLM(model=model, max_model_len=2048, max_num_seqs=8, seed=0)
+def engine_options() -> EngineArgs:
+    """vLLM's own options from the command line, with defaults for a small model."""
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.add_argument("checkpoint", nargs="?", metavar="MODEL", default=str(model_path()))
+    parser.set_defaults(max_model_len=2048, max_num_seqs=8, seed=0)
+    options = parser.parse_args()
+    options.model = options.checkpoint
+    return EngineArgs.from_cli_args(options)
+
+
+def main() -> None:
+    llm = LLM.from_engine_args(engine_options())
     greedy = SamplingParams(temperature=0, max_tokens=64)
 
     # Plain text to be continued.
@@ -33,4 +43,4 @@ def main(model: str) -> None:
 
 
 if __name__ == "__main__":  # vLLM starts its engine in a process that imports this file again
-    main(sys.argv[1] if len(sys.argv) > 1 else str(model_path()))
+    main()

@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
-# Offline batches in OpenAI's file format: examples/run_batch.sh [MODEL] [OUTPUT.jsonl]
-# Without a model, the demo model of this package.
+# Offline batches in OpenAI's file format: examples/run_batch.sh [MODEL] [OUTPUT.jsonl] [options of vllm run-batch]
+# Without a model, or with "", the demo model of this package. --enforce-eager starts sooner.
 set -euo pipefail
-model="${1:-$(python -c 'from lfm2_plugin.demo import model_path; print(model_path())')}"
-output="${2:-batch_output.jsonl}"
+positional=()
+while [[ $# -gt 0 && "$1" != -* ]]; do
+  positional+=("$1")
+  shift
+done
+model="${positional[0]:-$(lfm2 demo --path)}"
+output="${positional[1]:-batch_output.jsonl}"
 requests="$(mktemp --suffix .jsonl)"
 trap 'rm -f "$requests"' EXIT
 
@@ -13,7 +18,7 @@ for words in "apple river star" "star moon fox" "queen snow garden"; do
 JSON
 done
 
-vllm run-batch -i "$requests" -o "$output" --model "$model" --max-model-len 2048 --max-num-seqs 8
+vllm run-batch -i "$requests" -o "$output" --model "$model" --max-model-len 2048 --max-num-seqs 8 "$@"
 python - "$output" <<'PYTHON'
 import json, sys
 for line in open(sys.argv[1]):

@@ -4,10 +4,10 @@
     python3 tools/test_install.py --only uv        # what has "uv" in its label; --list shows the labels
 
 A line is tried with the installer it names; those with pip are tried with an old pip and the newest, and with uv where
-they need no index of their own. Lines for GPUs are resolved only, since CUDA comes with them in gigabytes; the others are
-installed with the lowest Python and resolved with the rest. What was installed has to work: `lfm2 doctor` without a fault
-and `lfm2 demo`, or without an engine `lfm2 doctor` with the fault that says so. Needs Python 3.11+, a package index, 20 GB
-of disk and half an hour. Exit status 1 if a line failed.
+they need no index of their own. Lines for GPUs are resolved only, since CUDA comes with them in gigabytes; the others
+are installed with the lowest Python and resolved with the rest. What was installed has to work: `lfm2 doctor` without a
+fault and `lfm2 demo`, or without an engine `lfm2 doctor` with the fault that says so. Needs Python 3.11+, a package
+index, 20 GB of disk and half an hour. Exit status 1 if a line failed.
 """
 
 from __future__ import annotations
