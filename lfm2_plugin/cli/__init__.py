@@ -62,6 +62,10 @@ def _demo(
     path: Annotated[
         bool, typer.Option("--path", help="Only print the demo model's folder, for any server.")
     ] = False,
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- OPTIONS]", help="Further options of the engine's server."),
+    ] = None,
 ) -> None:
     """Serve the demo model, ask it two questions over HTTP, print what came back, stop the server."""
     if path:
@@ -71,7 +75,7 @@ def _demo(
         return
     from lfm2_plugin.cli.demo import run
 
-    raise typer.Exit(run(engine=engine, model=model, port=port, keep=keep))
+    raise typer.Exit(run(engine=engine, model=model, port=port, keep=keep, options=options or []))
 
 
 def main() -> None:

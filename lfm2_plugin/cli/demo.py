@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,12 @@ SERVED_BY = re.compile(r"LFM2-MoE is served by (\S+?)\.?$", re.MULTILINE)
 HUGGING_FACE_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
-def run(engine: str, model: str, port: int, keep: bool) -> int:
-    """Serve, ask, print; exit status 0 when both answers came, else 1."""
+def run(engine: str, model: str, port: int, keep: bool, options: Sequence[str] = ()) -> int:
+    """Serve with further options of the engine's own, ask, print; exit status 0 when both answers came, else 1."""
     try:
         chosen = ENGINES[engine if engine in ENGINES else installed_engine()]
         port = usable_port(port)
-        command = chosen.command(served_model(model), port)
+        command = [*chosen.command(served_model(model), port), *options]
         check_caches()
         with log_file() as log:
             demonstrate(chosen, command, f"http://127.0.0.1:{port}", log, keep)

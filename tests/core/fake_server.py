@@ -43,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print("WORKER", worker.pid, flush=True)
+print("WORKER", worker.pid, "FURTHER OPTIONS", *sys.argv[4:], flush=True)
 if len(sys.argv) > 3:
     Path(sys.argv[3]).write_text(str(worker.pid))
 if BEHAVIOUR == "dies":

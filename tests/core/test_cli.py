@@ -210,6 +210,12 @@ def test_demo_without_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     )
 
 
+def test_further_options_are_the_servers(fake_vllm):
+    fake_vllm("dies")
+    result = run_demo("--", "--seed", "5")
+    assert "FURTHER OPTIONS --seed 5\n" in log_in(result.output).read_text()
+
+
 def test_a_killed_demo_takes_its_server_along(tmp_path: Path):
     arguments = ["well", str(tmp_path / "worker")]
     code = f"""

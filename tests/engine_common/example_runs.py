@@ -19,7 +19,7 @@ BIN = Path(sys.executable).parent
 SWITCHES = ("LFM2_PLUGIN", "VLLM_PLUGINS", "SGLANG_PLUGINS")
 
 
-def environment() -> dict[str, str]:
+def environment(**more: str) -> dict[str, str]:
     variables = {k: v for k, v in os.environ.items() if k not in SWITCHES}
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     # One thread: another suite may have the other core, and two threads that wait for each other there take ten minutes
@@ -30,7 +30,7 @@ def environment() -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_COLOR": "0",
     }
-    return {**variables, "PATH": path, **fixed}
+    return {**variables, "PATH": path, **fixed, **more}
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
@@ -43,12 +43,17 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 
 
 @contextlib.contextmanager
-def kept_demo() -> Iterator[tuple[str, str]]:
-    """``lfm2 demo --keep``: its address and what it printed until it waited; killed at the end."""
+def kept_demo(*options: str, **variables: str) -> Iterator[tuple[str, str]]:
+    """``lfm2 demo --keep``: its address and what it printed until it waited; killed at the end.
+
+    Args:
+        options: further ones of the engine's server.
+        variables: of its environment.
+    """
     port, printed = free_port(), []
     process = subprocess.Popen(
-        [BIN / "lfm2", "demo", "--keep", "--port", str(port)],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [BIN / "lfm2", "demo", "--keep", "--port", str(port), "--", *options],
+        env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
         for line in process.stdout:
@@ -77,8 +82,8 @@ def openai_client_understands(url: str) -> None:
     assert "tool call: find_weather({'city': 'Paris'})" in printed
 
 
-def offline_answers_right(example: str) -> None:
-    printed = run(sys.executable, EXAMPLES / example)
+def offline_answers_right(example: str, *options: str) -> None:
+    printed = run(sys.executable, EXAMPLES / example, *options)
     assert printed.count("generate: ") == 2
     assert "chat: 'Repeat: apple river star' -> 'apple river star'" in printed
     assert "chat: 'What is park?' -> '88'" in printed

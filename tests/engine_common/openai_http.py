@@ -4,6 +4,7 @@ import json
 
 import httpx
 
+from lfm2_plugin.cli.demo import NAME
 from lfm2_plugin.demo.tasks import Question, call_text
 from tests.engine_common.demo_reference import LONGEST_ANSWER
 
@@ -25,7 +26,7 @@ def on_the_wire(message: dict) -> dict:
 
 def body(question: Question, **fields) -> dict:
     messages = [on_the_wire(message) for message in question.messages]
-    values = {"model": "model", "messages": messages, "temperature": 0}
+    values = {"model": NAME, "messages": messages, "temperature": 0}
     if question.tools is not None:
         values["tools"] = question.tools
     return {**values, "max_completion_tokens": LONGEST_ANSWER, **fields}

@@ -25,7 +25,6 @@ def as_asked(question: Question) -> Question:
 def answers_under_64_concurrent_requests(
     url: str,
     rendered: Rendered = as_asked,
-    model: str = "model",
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """As many right answers as transformers, within one of 500.
@@ -36,12 +35,11 @@ def answers_under_64_concurrent_requests(
     Args:
         url: of the server.
         rendered: what the server makes of a question before it comes to the chat template.
-        model: the name that the server has for it.
         dtype: of the server.
     """
     asked = held_out(QUESTIONS)
     with ThreadPoolExecutor(64) as pool:
-        texts = list(pool.map(lambda q: ask(url, q, model=model), asked))
+        texts = list(pool.map(lambda q: ask(url, q), asked))
     ours = score(asked, texts)
     put = [rendered(q) for q in asked]
     theirs = [score(asked, answers(put))]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sglang.srt.entrypoints.openai.protocol import Tool
 
+from lfm2_plugin.cli.demo import NAME
 from lfm2_plugin.cli.server import free_port, serving
 from lfm2_plugin.demo.tasks import Question
 from tests.engine_sglang.engine_env import ENV
@@ -21,10 +22,10 @@ CLI = [sys.executable, "-m", "sglang.launch_server"]
 def served(
     model: Path, options: list[str], log: Path, timeout: float = 300, **environment: str
 ) -> Iterator[str]:
-    """Base address of a server for ``model``, which it knows under the name "model"."""
+    """Base address of a server for ``model``, which it knows under the demo's name."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    words = ["--model-path", str(model), "--port", str(port), "--served-model-name", "model"]
+    words = ["--model-path", str(model), "--port", str(port), "--served-model-name", NAME]
     values = [f"{name}={value}" for name, value in {**ENV, **environment}.items()]
     # Elsewhere than here, where "-m" would find the sources before what PYTHONPATH names.
     command = ["env", "-C", str(log.parent), *values, *CLI, *words, *options]

@@ -1,5 +1,5 @@
-"""The demo model over HTTP: chat, streaming, tool calls, accuracy under load, clients that leave; once with the Rust
-server."""
+"""The demo model over HTTP, as ``lfm2 demo`` serves it: chat, streaming, tool calls, accuracy under load, clients that
+leave; once with the Rust server."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.engine_common import serving_checks
+from tests.engine_common import example_runs, serving_checks
 from tests.engine_common.checkpoints import DEMO
 from tests.engine_common.demo_reference import LONGEST_ANSWER, answers, held_out, prompt_ids, score
+from tests.engine_common.example_runs import kept_demo
 from tests.engine_common.openai_http import ask
 from tests.engine_common.references import assert_same, cases
 from tests.engine_sglang.releases import needs_rust_templates
@@ -20,19 +21,29 @@ pytestmark = pytest.mark.engine
 OPTIONS = ["--dtype", "float32", "--context-length", "2048"]
 # Under a grammar the demo model would go on with spaces for as long as it may.
 COMPACT = ["--constrained-json-disable-any-whitespace"]
-TOOLS = ["--tool-call-parser", "lfm2"]
 # The demo model calls tools by names of its own too, and SGLang drops those calls without a word.
 KEEP_CALLS = {"SGLANG_FORWARD_UNKNOWN_TOOLS": "1"}
-OURS = "LFM2-MoE is served by sglang_model.model.Lfm2MoeForCausalLM"
+OURS = "sglang_model.model.Lfm2MoeForCausalLM"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    log = tmp_path_factory.mktemp("serve") / "log"
-    options = [*OPTIONS, *COMPACT, *TOOLS, "--enable-metrics"]
-    with served(DEMO, options, log, **KEEP_CALLS) as url:
-        assert OURS in log.read_text()
-        yield url
+def demo():
+    many = ["--max-running-requests", "64", "--enable-metrics"]
+    with kept_demo(*OPTIONS, *COMPACT, *many, **KEEP_CALLS) as found:
+        yield found
+
+
+@pytest.fixture
+def server(demo: tuple[str, str]) -> str:
+    return demo[0]
+
+
+def test_the_demo_answers_right_and_names_our_class(demo: tuple[str, str]):
+    example_runs.demo_answers_right(demo[1], OURS)
+
+
+def test_openai_client(server):
+    example_runs.openai_client_understands(server)
 
 
 def test_accuracy_under_64_concurrent_requests(server):
@@ -114,7 +125,7 @@ def test_rust_server(tmp_path):
     tool calls."""
     log = tmp_path / "log"
     with served(DEMO, OPTIONS, log, SGLANG_RUST_SERVER="1") as url:
-        assert OURS in log.read_text()
+        assert f"LFM2-MoE is served by {OURS}" in log.read_text()
         asked = [question for question in held_out(40) if question.tools is None]
         assert len(asked) > 24
         with ThreadPoolExecutor(24) as pool:

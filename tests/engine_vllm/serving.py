@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lfm2_plugin.cli.demo import NAME
 from lfm2_plugin.cli.server import free_port, serving
 from tests.engine_vllm.engine_env import ENV as ENGINE_ENV
 
@@ -19,9 +20,9 @@ def command(*words: str) -> list[str]:
 
 @contextmanager
 def served(model: Path, options: list[str], log: Path, timeout: float = 300) -> Iterator[str]:
-    """Base address of a server for ``model``, which it knows under the name "model"."""
+    """Base address of a server for ``model``, which it knows under the demo's name."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    words = ["serve", str(model), "--port", str(port), "--served-model-name", "model", *options]
+    words = ["serve", str(model), "--port", str(port), "--served-model-name", NAME, *options]
     with serving(command(*words), url, log, timeout, lambda line: None):
         yield url

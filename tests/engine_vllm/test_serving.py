@@ -1,5 +1,5 @@
-"""The demo model over HTTP: chat, streaming, tool calls, accuracy under load, clients that leave; and
-run-batch.
+"""The demo model over HTTP, as ``lfm2 demo`` serves it: chat, streaming, tool calls, accuracy under load, clients that
+leave; and run-batch.
 """
 
 import json
@@ -7,29 +7,40 @@ import subprocess
 
 import pytest
 
-from tests.engine_common import serving_checks
+from tests.engine_common import example_runs, serving_checks
 from tests.engine_common.checkpoints import DEMO
 from tests.engine_common.demo_reference import answers, held_out, score
+from tests.engine_common.example_runs import kept_demo
 from tests.engine_common.openai_http import body, text_of
-from tests.engine_vllm.serving import command, served
+from tests.engine_vllm.serving import command
 
 pytestmark = pytest.mark.engine
 
-OPTIONS = ["--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "64"]
-OPTIONS += ["--enforce-eager"]  # the server of test_examples.py is compiled
+OPTIONS = ["--dtype", "float32", "--max-num-seqs", "64"]
 # Under a grammar the demo model would go on with spaces for as long as it may.
 COMPACT_GRAMMAR = {"backend": "xgrammar", "disable_any_whitespace": True}
+RUN_BATCH = ["--max-model-len", "2048", "--enforce-eager"]
+RUN_BATCH += ["--enable-auto-tool-choice", "--tool-call-parser", "lfm2"]
 COMPACT = ["--structured-outputs-config", json.dumps(COMPACT_GRAMMAR)]
-TOOLS = ["--enable-auto-tool-choice", "--tool-call-parser", "lfm2"]
-OURS = "LFM2-MoE is served by vllm_model.model.Lfm2MoeForCausalLM"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    log = tmp_path_factory.mktemp("serve") / "log"
-    with served(DEMO, [*OPTIONS, *TOOLS, *COMPACT], log) as url:
-        assert OURS in log.read_text()
-        yield url
+def demo():
+    with kept_demo(*OPTIONS, *COMPACT) as found:
+        yield found
+
+
+@pytest.fixture
+def server(demo: tuple[str, str]) -> str:
+    return demo[0]
+
+
+def test_the_demo_answers_right_and_names_our_class(demo: tuple[str, str]):
+    example_runs.demo_answers_right(demo[1], "vllm_model.model.Lfm2MoeForCausalLM")
+
+
+def test_openai_client(server):
+    example_runs.openai_client_understands(server)
 
 
 def test_accuracy_under_64_concurrent_requests(server):
@@ -54,6 +65,7 @@ def test_clients_that_leave(server):
     )
 
 
+@pytest.mark.matrix
 def test_run_batch(tmp_path):
     asked = held_out(40)
     lines = [
@@ -69,7 +81,7 @@ def test_run_batch(tmp_path):
     source.write_text("\n".join(map(json.dumps, lines)))
     words = ["run-batch", "-i", str(source), "-o", str(target), "--model", str(DEMO)]
     run = subprocess.run(
-        command(*words, *OPTIONS, *TOOLS),
+        command(*words, *OPTIONS, *RUN_BATCH),
         capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
