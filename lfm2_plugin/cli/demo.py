@@ -69,7 +69,8 @@ def demonstrate(engine: "Engine", command: list[str], url: str, log: Path, keep:
         try:
             ask_both(url)
         except (httpx.HTTPError, json.JSONDecodeError) as error:
-            raise failure(f"a request failed ({str(error).splitlines()[0]})", log) from error
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise failure(f"a request failed ({reason})", log) from error
         print(f"\nno benchmark: {engine.pace}one request at a time; the demo model is tiny")
         print(f"served by  {served_by(log, engine.name)}", flush=True)
         if keep:

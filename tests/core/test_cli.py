@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -115,6 +116,15 @@ def test_a_failing_server_is_one_line_that_names_the_log(fake_vllm, behaviour: s
     assert text in line
     assert "WORKER" in log_in(line).read_text()
     assert gone(worker_of(folder))
+
+
+def test_a_request_that_fails_without_a_text(fake_vllm, monkeypatch: pytest.MonkeyPatch):
+    def time_out(url: str) -> None:
+        raise httpx.ReadTimeout("")
+
+    fake_vllm("well")
+    monkeypatch.setattr(demo, "ask_both", time_out)
+    assert "a request failed (ReadTimeout): " in run_demo().stderr
 
 
 def test_a_server_that_crashes_while_it_is_kept(fake_vllm):
