@@ -43,7 +43,8 @@ doctor: env ## which class vLLM resolves, kernels, self-checks
 doctor-sglang: env-sglang ## the same for SGLang
 	$(SGLANG)/lfm2 doctor
 
-# Two suites at a time, the longest first: each keeps one core busy for most of its time.
+# Two suites at a time, the longest first: each keeps one core busy for most of its time. A suite makes its environment
+# itself, since after a prerequisite make would go on with whichever suite comes next.
 SUITES = $(MAKE) --jobs=2 --keep-going --output-sync=line
 
 test: ## every kind of claim once: core, kernels, both engines (20 minutes on two cores)
@@ -52,22 +53,28 @@ test: ## every kind of claim once: core, kernels, both engines (20 minutes on tw
 test-all: ## the whole matrix, on the lowest and the newest release of both engines (70 minutes)
 	$(SUITES) TIER= test-sglang test-vllm test-sglang-lowest test-vllm-newest test-kernels test-core
 
-test-core: env ## everything that needs no engine (about a minute)
+test-core: ## everything that needs no engine (about a minute)
+	@$(ENVIRONMENT) vllm
 	$(VLLM)/python -m pytest tests/core $(TIER) $(PYTEST)
 
-test-kernels: env ## kernels for GPUs in Triton's interpreter, and what they compile to
+test-kernels: ## kernels for GPUs in Triton's interpreter, and what they compile to
+	@$(ENVIRONMENT) vllm
 	$(VLLM)/python -m pytest tests/kernels $(TIER) $(PYTEST)
 
-test-vllm: env ## real vLLM engines, newest release with a CPU build
+test-vllm: ## real vLLM engines, newest release with a CPU build
+	@$(ENVIRONMENT) vllm
 	$(VLLM)/python -m pytest tests/engine_vllm $(TIER) $(PYTEST)
 
-test-vllm-newest: env-newest ## the newest release's Python over that build (tools/overlay.py)
+test-vllm-newest: ## the newest release's Python over that build (tools/overlay.py)
+	@$(ENVIRONMENT) vllm-0.33
 	$(VLLM_NEWEST)/python -m pytest tests/engine_vllm $(TIER) $(PYTEST)
 
-test-sglang: env-sglang ## real SGLang engines, newest supported release
+test-sglang: ## real SGLang engines, newest supported release
+	@$(ENVIRONMENT) sglang
 	$(SGLANG)/python -m pytest tests/engine_sglang $(TIER) $(PYTEST)
 
-test-sglang-lowest: env-sglang-lowest ## real SGLang engines, lowest supported release
+test-sglang-lowest: ## real SGLang engines, lowest supported release
+	@$(ENVIRONMENT) sglang-0.5.22
 	$(SGLANG_LOWEST)/python -m pytest tests/engine_sglang $(TIER) $(PYTEST)
 
 references: ## what transformers answers to the prompts of `make test`, computed anew and kept for the next run
