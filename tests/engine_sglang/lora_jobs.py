@@ -1,6 +1,6 @@
 """What the tests of adapters run inside the child, beside the steps that all tests have."""
 
-from tests.engine_sglang import engine_jobs
+from tests.engine_sglang import engine_jobs, weight_jobs
 from tests.engine_sglang.engine_jobs import as_list, describe, request, together
 
 
@@ -20,9 +20,9 @@ def load(llm, name: str, path: str) -> dict:
 
 def update(llm, path: str) -> bool:
     """Writes another checkpoint's weights over the base model's."""
-    success, message = llm.update_weights_from_disk(path)[:2]
-    assert success, message
-    return success
+    answer = weight_jobs.from_disk(llm, path)
+    assert answer["success"], answer["message"]
+    return True
 
 
 def run_engine(model: str, engine: dict, steps: list[dict]) -> dict:

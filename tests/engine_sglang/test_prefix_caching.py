@@ -157,6 +157,7 @@ def test_states_of_answers(run, model, interval):
     assert [result[1][i]["cached"] for i in within] == [last[i] for i in within]
 
 
+@needs_snapshots  # a repeated prompt is not a whole request, whose answer it lacks
 @pytest.mark.parametrize("dtype", ["float32", matrix("bfloat16")])
 def test_a_hit_changes_no_logprob(run, dtype):
     """The same prompt, cold and from the cache: equal tokens, logprobs equal to rounding."""
