@@ -51,7 +51,7 @@ test: ## every kind of claim once: core, kernels, both engines (20 minutes on tw
 	$(SUITES) test-sglang test-vllm test-kernels test-core
 
 test-all: ## the whole matrix, on the lowest and the newest release of both engines (70 minutes)
-	$(SUITES) TIER= test-sglang test-vllm test-sglang-lowest test-vllm-newest test-kernels test-core
+	$(SUITES) TIER= test-vllm test-vllm-newest test-sglang test-sglang-lowest test-kernels test-core
 
 test-core: ## everything that needs no engine (about a minute)
 	@$(ENVIRONMENT) vllm
