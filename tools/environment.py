@@ -4,6 +4,7 @@
     python3 tools/environment.py vllm-0.33     # the same with the Python files of vLLM 0.33: tools/overlay.py
     python3 tools/environment.py sglang        # SGLang 0.5.23 for CPUs, this project, its test tools
     python3 tools/environment.py sglang-0.5.22 # the lowest supported SGLang
+    python3 tools/environment.py llm-compressor # what the tests' quantised checkpoints are made with
     python3 tools/environment.py lint          # ruff and mypy
 
 Needs Python 3.11+ and nothing else. A finished environment carries a stamp with a hash of what it
@@ -82,6 +83,10 @@ ENVIRONMENTS = {
         )
         for name, version in (("sglang", "0.5.23"), ("sglang-0.5.22", "0.5.22"))
     },
+    # Apart from the engines, since it holds transformers back: it takes 5.17 at most.
+    "llm-compressor": Environment(
+        ("llmcompressor==0.14.0.1",), (), torch=TORCH, checks=("llmcompressor",)
+    ),
     "lint": Environment(("ruff==0.17.6", "mypy==2.4.1"), None, checks=("mypy",)),
     "uv": Environment(("uv==0.13.9",), None, checks=("uv",)),
 }

@@ -1,0 +1,68 @@
+"""The configs of the method "fp8": block-wise as DeepSeek and transformers write it, or one scale a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lfm2_plugin.checkpoint.quantisation.weight_format import (
+    FLOAT,
+    FP8,
+    PLAIN,
+    Held,
+    UnsupportedQuantisation,
+    WeightFormat,
+    begins_with,
+    is_router,
+    strings,
+)
+
+
+def formats(
+    config: Mapping[str, Any], linears: Iterable[str], held: Held
+) -> dict[str, WeightFormat]:
+    """What each linear module is promised to be.
+
+    Entries of the lists count as transformers counts them: as the beginning of a name (a regular expression) or as its
+    end. AutoFP8's "re:" is understood.
+
+    Raises:
+        UnsupportedQuantisation: an activation scheme or block size that does not exist.
+    """
+    made = _format(config)
+    entries = strings(config, "modules_to_not_convert") + strings(config, "ignored_layers")
+    found = {}
+    for module in linears:
+        if any(_matches(module, entry) for entry in entries):
+            found[module] = PLAIN
+        elif is_router(module) or module == "lm_head":
+            # transformers leaves the head out by itself, and the router, which is no Linear, too.
+            found[module] = held.decide(module, made, PLAIN)
+        else:
+            found[module] = made
+    return found
+
+
+def _matches(module: str, entry: str) -> bool:
+    return begins_with(entry.removeprefix("re:"), module) or module.endswith(entry)
+
+
+def _format(config: Mapping[str, Any]) -> WeightFormat:
+    scheme = config.get("activation_scheme", "dynamic")
+    block = config.get("weight_block_size")
+    if scheme not in ("dynamic", "static") or (scheme == "static" and block is not None):
+        raise UnsupportedQuantisation(
+            f"quantization_config of fp8: activation_scheme {scheme!r} with weight_block_size {block!r} is not "
+            'supported: "dynamic", or "static" without blocks.'
+        )
+    if block is None:
+        parameters = {"weight": FP8, "weight_scale": FLOAT}
+        if scheme == "static":
+            parameters["input_scale"] = FLOAT
+        return WeightFormat(f"W8A8 fp8, {scheme} activations", parameters)
+    if not (isinstance(block, list | tuple) and len(block) == 2):
+        raise UnsupportedQuantisation(
+            f"quantization_config of fp8: weight_block_size is {block!r}, not two numbers."
+        )
+    name = f"W8A8 fp8 block {block[0]}x{block[1]}"
+    return WeightFormat(name, {"weight": FP8, "weight_scale_inv": FLOAT})

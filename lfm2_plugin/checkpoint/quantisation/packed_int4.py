@@ -1,0 +1,116 @@
+"""The configs of GPTQ and AWQ: integers in groups, eight of four bits in one int32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from lfm2_plugin.checkpoint.quantisation.weight_format import (
+    FLOAT,
+    INT32,
+    PLAIN,
+    Held,
+    UnsupportedQuantisation,
+    WeightFormat,
+    begins_with,
+    is_router,
+    strings,
+)
+
+_IN_LAYERS = ".layers."  # both quantise decoder layers; the head only where the config says so
+
+
+def awq_formats(
+    config: Mapping[str, Any], linears: Iterable[str], held: Held
+) -> dict[str, WeightFormat]:
+    """What each linear module is promised to be by AutoAWQ: an entry of ``modules_to_not_convert`` is a part of a name.
+
+    Without entries the file decides, since tools leave out modules that they don't list.
+    """
+    bits, group = config.get("w_bit", config.get("bits")), config.get("q_group_size")
+    group = config.get("group_size") if group is None else group
+    parameters = {"qweight": INT32, "scales": FLOAT}
+    zeros = {"qzeros": INT32}
+    made = WeightFormat(
+        f"W{_number(bits, 'awq', 'bits')}A16 AWQ g{group}",
+        parameters | (zeros if config.get("zero_point", True) else {}),
+        {} if config.get("zero_point", True) else zeros,
+    )
+    entries = strings(config, "modules_to_not_convert")
+    found = {}
+    for module in linears:
+        if any(entry in module for entry in entries) or not _may_be(module, config):
+            found[module] = PLAIN
+        elif entries and not is_router(module):
+            found[module] = made
+        else:
+            found[module] = held.decide(module, made, PLAIN if is_router(module) else made)
+    return found
+
+
+def gptq_formats(
+    config: Mapping[str, Any], linears: Iterable[str], held: Held
+) -> dict[str, WeightFormat]:
+    """What each linear module is promised to be by GPTQModel and its kin.
+
+    ``modules_in_block_to_quantize`` has ends of names; ``dynamic`` maps regular expressions to other settings, or, with
+    "-:" in front, leaves modules out. Without the former the file decides, since tools leave out modules that they
+    don't list.
+    """
+    listed = list(_flat(config.get("modules_in_block_to_quantize") or ()))
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise UnsupportedQuantisation(
+            f"quantization_config of gptq: dynamic is {dynamic!r}, not a mapping of patterns."
+        )
+    found = {}
+    for module in linears:
+        overrides = _overrides(module, dynamic)
+        if overrides is None or not _may_be(module, config):
+            found[module] = PLAIN
+            continue
+        made = _gptq(config, overrides)
+        if listed and module != "lm_head":
+            found[module] = made if any(module.endswith(entry) for entry in listed) else PLAIN
+        else:
+            found[module] = held.decide(module, made, PLAIN if is_router(module) else made)
+    return found
+
+
+def _gptq(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> WeightFormat:
+    bits = _number(overrides.get("bits", config.get("bits")), "gptq", "bits")
+    group = overrides.get("group_size", config.get("group_size"))
+    parameters = {"qweight": INT32, "qzeros": INT32, "scales": FLOAT}
+    return WeightFormat(f"W{bits}A16 GPTQ g{group}", parameters, {"g_idx": INT32})
+
+
+def _overrides(module: str, dynamic: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The settings of the first pattern that matches; None if it leaves the module out."""
+    for pattern, settings in dynamic.items():
+        if begins_with(pattern.removeprefix("-:").removeprefix("+:"), module):
+            if pattern.startswith("-:"):
+                return None
+            return settings if isinstance(settings, Mapping) else {}
+    return {}
+
+
+def _may_be(module: str, config: Mapping[str, Any]) -> bool:
+    return _IN_LAYERS in module or (module == "lm_head" and bool(config.get("lm_head")))
+
+
+def _number(value: Any, method: str, key: str) -> int:
+    if not isinstance(value, int):
+        raise UnsupportedQuantisation(
+            f"quantization_config of {method}: {key} is {value!r}, not a number. Use the config.json that came with "
+            "the checkpoint."
+        )
+    return value
+
+
+def _flat(entries: Any) -> Iterator[str]:
+    """The names in a list of names or of lists of names."""
+    for entry in entries:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            yield from _flat(entry)

@@ -1,0 +1,103 @@
+"""What a quantised linear layer consists of in a file: its tensors and their dtypes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Dtypes = frozenset[str]  # as the header of a safetensors file writes them
+
+FLOAT: Dtypes = frozenset({"BF16", "F16", "F32"})
+FP8: Dtypes = frozenset({"F8_E4M3"})
+FP32: Dtypes = frozenset({"F32"})
+INT8: Dtypes = frozenset({"I8"})
+INT32: Dtypes = frozenset({"I32"})
+INDEX: Dtypes = frozenset({"I32", "I64"})
+UINT8: Dtypes = frozenset({"U8"})
+
+
+class UnsupportedQuantisation(ValueError):
+    """A quantization_config that we don't know or that contradicts itself; the text names the entry and what to do."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """One way to write a linear layer's weight.
+
+    Attributes:
+        name: what it is called in messages, such as "W4A16 int4 g128".
+        parameters: the tensors that every layer of this format has, name below the module -> allowed dtypes.
+        optional: those that it may have besides.
+    """
+
+    name: str
+    parameters: Mapping[str, Dtypes] = field(hash=False)
+    optional: Mapping[str, Dtypes] = field(default_factory=dict, hash=False)
+
+    @property
+    def marks(self) -> Dtypes:
+        """The tensors that tell a layer of this format from an unquantised one: all but "weight"."""
+        return frozenset(self.parameters) - {"weight"}
+
+
+PLAIN = WeightFormat("unquantised", {"weight": FLOAT})
+
+# transformers 4 has the router as a Linear, transformers 5 as a class of its own, which no tool takes for a linear
+# layer: whether the entries that mean "every Linear" included it, only the file can tell.
+_ROUTER = re.compile(r"(.*\.)?feed_forward\.gate")
+
+
+def is_router(module: str) -> bool:
+    """Whether the module is the router of a layer with experts."""
+    return _ROUTER.fullmatch(module) is not None
+
+
+class Held:
+    """The names of a file's tensors, asked where a quantization_config leaves it open what a module is."""
+
+    def __init__(self, tensors: Iterable[str]) -> None:
+        self._parameters: dict[str, set[str]] = {}
+        for name in tensors:
+            module, _, parameter = name.rpartition(".")
+            self._parameters.setdefault(module, set()).add(parameter)
+
+    def decide(self, module: str, promised: WeightFormat, otherwise: WeightFormat) -> WeightFormat:
+        """``promised`` or plain, as the file has it; ``otherwise`` if the file has nothing of the module."""
+        parameters = self._parameters.get(module)
+        if parameters is None:
+            return otherwise
+        return promised if parameters & promised.marks else PLAIN
+
+
+def strings(config: Mapping[str, Any], key: str) -> list[str]:
+    """A list of names in a config; absent and null are an empty one.
+
+    Raises:
+        UnsupportedQuantisation: it is something else.
+    """
+    found = config.get(key)
+    if found is None:
+        return []
+    if not isinstance(found, list | tuple) or not all(isinstance(entry, str) for entry in found):
+        raise UnsupportedQuantisation(
+            f"quantization_config: {key} is {found!r}, not a list of module names. Correct the "
+            "checkpoint's config.json."
+        )
+    return list(found)
+
+
+def begins_with(pattern: str, name: str) -> bool:
+    """Whether the regular expression matches at the beginning of the name.
+
+    Raises:
+        UnsupportedQuantisation: it is no regular expression.
+    """
+    try:
+        return re.match(pattern, name) is not None
+    except re.error as error:
+        raise UnsupportedQuantisation(
+            f"quantization_config: {pattern!r} is not a regular expression ({error}). "
+            "Correct the checkpoint's config.json."
+        ) from error
