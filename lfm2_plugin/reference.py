@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from lfm2_plugin.arch import ATTENTION, Lfm2MoeArch
-from lfm2_plugin.checkpoint import StreamCheck, expected_tensors, inspect_safetensors
+from lfm2_plugin.checkpoint import Ledger, expected_tensors, inspect_files
 from lfm2_plugin.conv_batch import ConvBatch
 from lfm2_plugin.ops.moe import moe_naive
 from lfm2_plugin.ops.router import route_naive
@@ -48,7 +48,7 @@ class ReferenceModel:
 
     Args:
         arch: the model's sizes.
-        tensors: the checkpoint, by the names on disk; experts one by one.
+        tensors: the checkpoint, by the names on disk.
         dtype: everything is cast to it but the expert bias, which stays float32.
 
     Raises:
@@ -58,14 +58,13 @@ class ReferenceModel:
     def __init__(
         self, arch: Lfm2MoeArch, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
     ) -> None:
-        check = StreamCheck(arch)
-        for name, tensor in tensors.items():
-            check.see(name, tensor.shape)
-        check.finish()
+        ledger = Ledger(arch)
+        pieces = {n: t for told, whole in tensors.items() for n, t in ledger.enter(told, whole)}
+        ledger.finish()
         self.arch = arch
         self.dtype = dtype
         self.tensors = {
-            name: tensors[name].to(torch.float32 if name.endswith("expert_bias") else dtype)
+            name: pieces[name].to(torch.float32 if name.endswith("expert_bias") else dtype)
             for name in expected_tensors(arch)
         }
         self._experts = {layer: self._stack_experts(layer) for layer in arch.moe_layers}
@@ -82,10 +81,9 @@ class ReferenceModel:
         """Read ``config.json`` and the safetensors of a checkpoint."""
         folder = Path(folder)
         arch = Lfm2MoeArch.from_config(json.loads((folder / "config.json").read_text()))
-        inspect_safetensors(folder)  # a damaged file gets its own error
         tensors: dict[str, torch.Tensor] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            tensors |= load_file(file)
+        for file in sorted({header.file for header in inspect_files(folder).values()}):
+            tensors |= load_file(folder / file)
         return cls(arch, tensors, dtype)
 
     @torch.inference_mode()

@@ -53,6 +53,11 @@ class Lfm2MoeConfig(HuggingFaceConfig):
         return arch_of(self)
 
     @property
+    def quantisation_settings(self) -> dict[str, Any] | None:
+        """The quantization_config that came with the checkpoint; None for an unquantised one."""
+        return getattr(self, "quantization_config", None)
+
+    @property
     def full_attention_layer_ids(self) -> list[int]:
         return list(self.arch.attention_layers)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lfm2_plugin.checkpoint.readers import holds_weights
 from lfm2_plugin.conv_batch import ConvBatch
 
 from .engine_names import NAMES
@@ -195,13 +196,20 @@ def bind_experts_to_routing(topk: TopK, experts: FusedMoE) -> None:
 
 
 def checkpoint_folder(config: HuggingFaceConfig) -> Path | None:
-    """The local folder that the weights of ``config`` will be read from as safetensors; None if there is none."""
+    """The local folder that the weights of ``config`` will be read from; None if there is none."""
     from sglang.srt.runtime_context import get_model, get_server_args
 
-    if get_model().load_format not in ("auto", "safetensors"):
+    if get_model().load_format not in ("auto", "safetensors", "pt"):
         return None
     folder = Path(getattr(config, "_name_or_path", "") or get_server_args().model_path)
-    return folder if any(folder.glob("*.safetensors")) else None
+    return folder if holds_weights(folder) else None
+
+
+def kv_cache_is_quantised() -> bool:
+    """Whether keys and values are kept in fewer bits than the model's dtype has."""
+    from sglang.srt.runtime_context import get_server_args
+
+    return get_server_args().kv_cache_dtype not in ("auto", "bf16", "bfloat16")
 
 
 def weights_are_dummy() -> bool:

@@ -190,9 +190,10 @@ class Lfm2MoeForCausalLM(nn.Module):
         prefix: str = "",
     ) -> None:
         super().__init__()
-        self.arch = arch = arch_of(config)
+        arch = arch_of(config)
         check_support(arch, quant_config)
-        check_files(arch, config, quant_config)
+        arch, self.quantisation = check_files(arch, config)
+        self.arch = arch
         config.use_state_dtype(torch.get_default_dtype())
         self.config = config
         self.quant_config = quant_config
@@ -256,7 +257,7 @@ class Lfm2MoeForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint, or a part of one as in a weight update; see ``weights.py``."""
-        return load_weights(self, self.arch, weights)
+        return load_weights(self, weights)
 
     def serve_packed(self) -> None:
         """Keep weights in the form that a CPU reads fastest; our CPU platform calls this after the first load."""

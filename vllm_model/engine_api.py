@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import vllm.model_executor.layers.mamba.short_conv  # noqa: F401  (registers torch.ops.vllm.short_conv)
@@ -63,6 +65,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import (
     EagleModelMixin,
     HasInnerState,
@@ -75,7 +78,6 @@ from vllm.model_executor.models.interfaces import (
     SupportsQuant,
 )
 from vllm.model_executor.models.utils import (
-    AutoWeightsLoader,
     PPMissingLayer,
     WeightsMapper,
     extract_layer_index,
@@ -102,7 +104,6 @@ from vllm_model import SUPPORTED
 __all__ = [
     "SUPPORTED",
     "Attention",
-    "AutoWeightsLoader",
     "CPUUnquantizedExperts",
     "CommonAttentionMetadata",
     "EagleModelMixin",
@@ -150,6 +151,7 @@ __all__ = [
     "conv_copy_funcs",
     "conv_state_dtypes",
     "conv_state_shape",
+    "default_weight_loader",
     "expert_ranks",
     "extract_layer_index",
     "get_forward_context",
@@ -159,14 +161,17 @@ __all__ = [
     "get_tensor_model_parallel_world_size",
     "init_logger",
     "is_conv_state_dim_first",
+    "is_unused",
     "make_empty_intermediate_tensors_factory",
     "make_layers",
     "maybe_prefix",
     "missing_capabilities",
     "on_cpu",
     "padding_rows",
+    "physical_experts",
     "pipeline_needs_compilation",
     "pipeline_stages",
+    "quantisation_settings",
     "quantiser_is_there",
     "short_conv_op",
     "speculation_needs_triton",
@@ -300,6 +305,32 @@ def quantiser_is_there(quant_config: QuantizationConfig | None) -> bool:
     if quant_config is None or quant_config.get_name() != "online":
         return True
     return bool(torch.ops._C.static_scaled_fp8_quant.default._schema.arguments)
+
+
+def quantisation_settings(vllm_config: VllmConfig) -> Mapping[str, Any] | None:
+    """The quantization_config that came with the checkpoint; None for an unquantised one."""
+    config = vllm_config.model_config.hf_config
+    for name in ("quantization_config", "compression_config"):
+        settings = getattr(config, name, None)
+        if settings is not None:
+            return settings.to_dict() if hasattr(settings, "to_dict") else settings
+    return None
+
+
+def is_unused(quant_config: QuantizationConfig | None, parameter: str) -> bool:
+    """Whether vLLM leaves out the parameter of a quantised checkpoint because none of its kernels reads it."""
+    if quant_config is None:
+        return False
+    return quant_config.get_checkpoint_weight_mapper().map_name(parameter) is None
+
+
+def physical_experts(experts: RoutedExperts) -> dict[int, list[int]]:
+    """Each expert of a checkpoint -> the experts of the engine that it is loaded into, which may be several (EPLB)."""
+    found: dict[int, list[int]] = {}
+    for _, name, physical, shard in experts.get_expert_mapping():
+        if shard == "w2":
+            found.setdefault(int(name.split(".")[1]), []).append(physical)
+    return found
 
 
 def conv_batch_from(

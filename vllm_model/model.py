@@ -202,7 +202,7 @@ class Lfm2MoeForCausalLM(
         super().__init__()
         self.arch = arch = Lfm2MoeArch.from_config(vllm_config.model_config.hf_config)
         check_support(arch, vllm_config)
-        check_files(arch, vllm_config)
+        self.quantisation = check_files(arch, vllm_config)
         self.config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config
         self.vllm_config = vllm_config
@@ -291,4 +291,4 @@ class Lfm2MoeForCausalLM(
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint, or a part of one as in a weight update; see ``weights.py``."""
-        return load_weights(self, self.arch, self.vllm_config, weights)
+        return load_weights(self, self.vllm_config, weights)

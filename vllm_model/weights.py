@@ -1,60 +1,68 @@
 """Loading a checkpoint: the names of ``lfm2_plugin.checkpoint`` into vLLM's parameters, every tensor accounted for.
 
 A checkpoint on local disk is checked by its headers before anything is allocated (:func:`check_files`). Whatever the
-engine streams is checked again as it comes (:func:`load_weights`), which may be called any number of times, with all or
-a part of the tensors, as weight updates of reinforcement learning do.
+engine streams is checked again as it comes (:func:`load_weights`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lfm2_plugin.arch import Lfm2MoeArch
-from lfm2_plugin.checkpoint import StreamCheck, check_checkpoint
-from lfm2_plugin.checkpoint.names import LAYER
+from lfm2_plugin.checkpoint import Ledger, QuantisationPlan, check_checkpoint, plan_of
+from lfm2_plugin.checkpoint.loader import Loader
+from lfm2_plugin.checkpoint.placement import Place
+from lfm2_plugin.checkpoint.readers import holds_weights
 
-from .engine_api import AutoWeightsLoader, VllmConfig, WeightsMapper
+from .engine_api import (
+    RoutedExperts,
+    VllmConfig,
+    default_weight_loader,
+    is_unused,
+    physical_experts,
+    quantisation_settings,
+)
 
 if TYPE_CHECKING:
     from .model import Lfm2MoeForCausalLM
 
 LORA_NAMES = {".conv.": ".short_conv."}
 """The one module that is named otherwise than in a checkpoint: ``conv.conv`` would match LoRA targets twice."""
-
-NAMES = WeightsMapper(
-    orig_to_new_substr=LORA_NAMES,
-    orig_to_new_stacked={
-        f".{row.source}.": (f".{row.module}.", row.shard) for row in LAYER if row.shard is not None
-    },
-)
-"""Checkpoint names to parameters of this package, by the one table. The w1, w2, w3 of experts are left to vLLM's expert
-layer, which knows which of them a rank holds."""
-
-LOCAL_FORMATS = ("auto", "hf", "safetensors")
+LOCAL_FORMATS = ("auto", "hf", "safetensors", "pt")
 
 
-def check_files(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
-    """Check a local safetensors checkpoint by its headers, in milliseconds, before any memory is taken.
+def check_files(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> QuantisationPlan:
+    """Check a local checkpoint by its headers, in milliseconds, before any memory is taken.
+
+    Returns:
+        What each matmul of the checkpoint is.
 
     Raises:
-        CheckpointError: names every missing, unexpected, misshapen tensor and every unreadable file.
+        CheckpointError: names every missing, unexpected, misshapen, mistyped tensor and every unreadable file.
+        UnsupportedQuantisation: the quantization_config is of an unknown method or format, or malformed.
     """
+    quantisation = quantisation_settings(vllm_config)
     folder = Path(vllm_config.model_config.model)
-    if vllm_config.load_config.load_format not in LOCAL_FORMATS or not folder.is_dir():
-        return
-    if any(folder.glob("*.safetensors")):
-        # vLLM makes the second out of the first, after it has settled its options.
-        quantised = vllm_config.model_config.quantization or vllm_config.quant_config
-        check_checkpoint(arch, folder, quantised=quantised is not None)
+    local = vllm_config.load_config.load_format in LOCAL_FORMATS
+    if local and holds_weights(folder):
+        return check_checkpoint(arch, folder, quantisation)
+    return plan_of(arch, quantisation)
+
+
+def ignore_mistral_files(vllm_config: VllmConfig) -> None:
+    """Have vLLM read the files that the index names, also where one beside them is called as Mistral's are."""
+    load = vllm_config.load_config
+    if load.load_format == "auto":
+        load.load_format = "hf"
 
 
 def load_weights(
     model: Lfm2MoeForCausalLM,
-    arch: Lfm2MoeArch,
     vllm_config: VllmConfig,
     weights: Iterable[tuple[str, torch.Tensor]],
 ) -> set[str]:
@@ -64,19 +72,58 @@ def load_weights(
         The names of the parameters that were filled, as vLLM wants to know.
 
     Raises:
-        CheckpointError: a tensor that the model doesn't have or of another shape; or, in the first load of a model
-            whose parameters hold nothing yet, a tensor that never came.
+        CheckpointError: a tensor that the model doesn't have, or has in another shape or dtype; or, in the first load
+            of a model whose parameters hold nothing yet, a tensor that never came or a parameter that stayed empty.
     """
-    check = StreamCheck(arch, quantised=vllm_config.quant_config is not None)
-
-    def checked() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in weights:
-            check.see(name, tuple(tensor.shape))
-            yield name, tensor
-
-    loaded = AutoWeightsLoader(model).load_weights(checked(), mapper=NAMES)
+    ledger = Ledger(model.arch, model.quantisation)
+    loader = VllmLoader(model, vllm_config)
+    loader.load(ledger, weights)
     if not model.weights_loaded:
         # With expert parallelism the engine may leave out what belongs to other ranks.
-        check.finish(all_experts=not vllm_config.parallel_config.enable_expert_parallel)
+        all_experts = not vllm_config.parallel_config.enable_expert_parallel
+        ledger.finish(loader.unfilled(), all_experts=all_experts)
         model.weights_loaded = True
-    return loaded
+    return loader.loaded
+
+
+class VllmLoader(Loader):
+    """Writes by the loaders that vLLM's layers give their parameters."""
+
+    modules = {  # noqa: RUF012
+        "conv.in_proj": "short_conv.in_proj",
+        "conv.conv": "short_conv.conv",
+        "conv.out_proj": "short_conv.out_proj",
+        "feed_forward.experts": "feed_forward.experts.routed_experts",
+        "self_attn.scales": "self_attn.attn",
+    }
+
+    def __init__(self, model: Lfm2MoeForCausalLM, vllm_config: VllmConfig) -> None:
+        super().__init__(model, range(model.model.start_layer, model.model.end_layer))
+        self._quant_config = vllm_config.quant_config
+        self._kv_is_quantised = vllm_config.cache_config.cache_dtype.startswith("fp8")
+        self._experts = [m for m in model.modules() if isinstance(m, RoutedExperts)]
+        self._physical = physical_experts(self._experts[0]) if self._experts else {}
+
+    def write(self, where: Place, parameter: nn.Parameter, tensor: torch.Tensor) -> bool:
+        loader = getattr(parameter, "weight_loader", default_weight_loader)
+        if where.expert is None:
+            loader(parameter, tensor, *(() if where.shard is None else (where.shard,)))
+            return True
+        is_here = [
+            loader(
+                parameter,
+                tensor,
+                weight_name=where.parameter,
+                shard_id=where.shard,
+                expert_id=physical,
+                return_success=True,
+            )
+            for physical in self._physical[where.expert]
+        ]
+        # Of a layer that is being reloaded vLLM only takes note, and says nothing.
+        return any(is_here) or self._experts[0].expert_map is None
+
+    def is_unused(self, where: Place) -> bool:
+        if where.parameter.endswith("_scale") and ".attn." in where.parameter:
+            return not self._kv_is_quantised
+        return is_unused(self._quant_config, where.parameter)

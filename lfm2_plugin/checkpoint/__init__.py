@@ -1,4 +1,4 @@
-"""What an LFM2-MoE checkpoint contains: the one table of names, and the check that nothing is amiss."""
+"""What an LFM2-MoE checkpoint contains: the one table of names, and the ledger that accounts for every tensor."""
 
 from lfm2_plugin.checkpoint.adapter import (
     AdapterError,
@@ -6,26 +6,26 @@ from lfm2_plugin.checkpoint.adapter import (
     adapter_scaling,
     read_adapter,
 )
+from lfm2_plugin.checkpoint.ledger import Ledger, check_checkpoint, plan_of
 from lfm2_plugin.checkpoint.names import Target, expected_tensors, translate
-from lfm2_plugin.checkpoint.report import (
-    CheckpointError,
-    CheckpointReport,
-    StreamCheck,
-    check_checkpoint,
-    inspect_safetensors,
-)
+from lfm2_plugin.checkpoint.quantisation import QuantisationPlan, UnsupportedQuantisation
+from lfm2_plugin.checkpoint.readers import inspect_files
+from lfm2_plugin.checkpoint.report import CheckpointError, CheckpointReport
 
 __all__ = [
     "AdapterError",
     "AdapterPart",
     "CheckpointError",
     "CheckpointReport",
-    "StreamCheck",
+    "Ledger",
+    "QuantisationPlan",
     "Target",
+    "UnsupportedQuantisation",
     "adapter_scaling",
     "check_checkpoint",
     "expected_tensors",
-    "inspect_safetensors",
+    "inspect_files",
+    "plan_of",
     "read_adapter",
     "translate",
 ]

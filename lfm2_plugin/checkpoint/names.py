@@ -17,26 +17,6 @@ Shape = tuple[int, ...]
 
 WEIGHT = "weight"
 
-# Tensors that quantisation puts beside a linear layer's weight, or in its place: compressed-tensors,
-# FP8 (per tensor, channel or block), AWQ and GPTQ, NVFP4 of ModelOpt.
-QUANTISED_WEIGHTS = frozenset({"weight", "weight_packed", "qweight"})
-QUANTISED_PARAMETERS = QUANTISED_WEIGHTS | {
-    "g_idx",
-    "input_global_scale",
-    "input_scale",
-    "input_zero_point",
-    "qzeros",
-    "scales",
-    "weight_g_idx",
-    "weight_global_scale",
-    "weight_scale",
-    "weight_scale_2",
-    "weight_scale_inv",
-    "weight_shape",
-    "weight_zero_point",
-}
-# Without these a packed weight is only bits.
-NEEDED_SCALES = {"weight_packed": "weight_scale", "qweight": "scales"}
 # Scales of a quantised KV cache; they belong to no linear layer.
 KV_SCALES = frozenset(
     f"self_attn.{place}{kind}_scale" for kind in "qkv" for place in ("", "attn.", f"{kind}_proj.")
@@ -166,25 +146,26 @@ LAYER = (
     Row("feed_forward.gate", lambda a: (a.num_experts, a.hidden_size), where=_moe, linear=True),
     Row("feed_forward.expert_bias", lambda a: (a.num_experts,), where=_biased, bare=True),
 )
-_EXPERTS = "feed_forward.experts"
+EXPERTS = "feed_forward.experts"
+KV_CACHE = "self_attn.scales"
 EXPERT = (
-    Row(f"{_EXPERTS}.*.w1", _expert_up, _EXPERTS, "w1", _moe, linear=True),
-    Row(f"{_EXPERTS}.*.w3", _expert_up, _EXPERTS, "w3", _moe, linear=True),
-    Row(f"{_EXPERTS}.*.w2", lambda a: _expert_up(a)[::-1], _EXPERTS, "w2", _moe, linear=True),
+    Row(f"{EXPERTS}.*.w1", _expert_up, EXPERTS, "w1", _moe, linear=True),
+    Row(f"{EXPERTS}.*.w3", _expert_up, EXPERTS, "w3", _moe, linear=True),
+    Row(f"{EXPERTS}.*.w2", lambda a: _expert_up(a)[::-1], EXPERTS, "w2", _moe, linear=True),
 )
 STACKED = (
     Row(
-        f"{_EXPERTS}.gate_up_proj",
+        f"{EXPERTS}.gate_up_proj",
         lambda a: (a.num_experts, 2 * a.moe_intermediate_size, a.hidden_size),
-        _EXPERTS,
+        EXPERTS,
         "w13",
         _moe,
         bare=True,
     ),
     Row(
-        f"{_EXPERTS}.down_proj",
+        f"{EXPERTS}.down_proj",
         lambda a: (a.num_experts, a.hidden_size, a.moe_intermediate_size),
-        _EXPERTS,
+        EXPERTS,
         "w2",
         _moe,
         bare=True,
@@ -193,7 +174,7 @@ STACKED = (
 
 _BY_SOURCE = {row.source: row for row in (*TOP, HEAD, *LAYER, *EXPERT, *STACKED)}
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_OF_EXPERT = re.compile(rf"{re.escape(_EXPERTS)}\.(\d+)\.(.+)")
+_OF_EXPERT = re.compile(rf"{re.escape(EXPERTS)}\.(\d+)\.(.+)")
 
 
 def expected_tensors(arch: Lfm2MoeArch, *, stacked: bool = False) -> dict[str, Shape]:
@@ -224,9 +205,9 @@ def translate(name: str) -> Target | None:
     if match := _IN_LAYER.fullmatch(name):
         layer, rest = int(match[1]), match[2]
     if rest in KV_SCALES and layer is not None:
-        return Target(layer, "self_attn.scales", rest.rpartition(".")[2], rest[10:11])
+        return Target(layer, KV_CACHE, rest.rpartition(".")[2], rest[10:11])
     if match := _OF_EXPERT.fullmatch(rest):
-        expert, rest = int(match[1]), f"{_EXPERTS}.*.{match[2]}"
+        expert, rest = int(match[1]), f"{EXPERTS}.*.{match[2]}"
     row, parameter = _BY_SOURCE.get(rest), WEIGHT
     if row is None or not row.bare:
         source, _, parameter = rest.rpartition(".")
@@ -240,15 +221,29 @@ def translate(name: str) -> Target | None:
 
 def is_quantisable(name: str) -> bool:
     """Whether the tensor belongs to a matmul, whose form quantisation may change."""
-    target_source = _OF_EXPERT.sub(rf"{_EXPERTS}.*.\2", _IN_LAYER.sub(r"\2", name))
+    target_source = _OF_EXPERT.sub(rf"{EXPERTS}.*.\2", _IN_LAYER.sub(r"\2", name))
     row = _BY_SOURCE.get(target_source.rpartition(".")[0])
     return row is not None and row.linear
+
+
+def is_kv_scale(name: str) -> bool:
+    """Whether the tensor is a scale of a layer's quantised KV cache."""
+    match = _IN_LAYER.fullmatch(name)
+    return match is not None and match[2] in KV_SCALES
+
+
+def linear_modules(arch: Lfm2MoeArch) -> list[str]:
+    """The modules whose weights are matmuls, by the hub's names; the head too, tied or not."""
+    names = {**expected_tensors(arch), **optional_tensors(arch)}
+    return [name.removesuffix(f".{WEIGHT}") for name in names if is_quantisable(name)]
 
 
 def _has(row: Row, parameter: str) -> bool:
     if parameter == "bias":
         return row.bias is not None
-    return parameter == WEIGHT or (row.linear and parameter in QUANTISED_PARAMETERS)
+    return (
+        parameter == WEIGHT or row.linear
+    )  # quantisation has tensors of its own beside a matmul's weight
 
 
 def _tensors(

@@ -73,6 +73,8 @@ SMALL = {
     "num_dense_layers": 1,
     "num_experts": 4,
 }
+# Stacks of experts that are not square: a transposed one shows.
+SLIM = {**SMALL, "moe_intermediate_size": 96}
 SPECS: dict[str, dict[str, Any]] = {
     "alpha": ALPHA,
     "beta": BETA,
@@ -81,6 +83,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "beta_other": BETA,
     "staged": STAGED,
     "small": SMALL,
+    "slim": SLIM,
     # Nothing of beta's that the built-in gets wrong but the head.
     "untied": {**SMALL, "tie_word_embeddings": False},
     "unbiased": {**ALPHA, "use_expert_bias": False},
