@@ -173,6 +173,7 @@ __all__ = [
     "pipeline_stages",
     "quantisation_settings",
     "quantiser_is_there",
+    "set_quantisation_settings",
     "short_conv_op",
     "speculation_needs_triton",
     "support_torch_compile",
@@ -315,6 +316,11 @@ def quantisation_settings(vllm_config: VllmConfig) -> Mapping[str, Any] | None:
         if settings is not None:
             return settings.to_dict() if hasattr(settings, "to_dict") else settings
     return None
+
+
+def set_quantisation_settings(vllm_config: VllmConfig, settings: Mapping[str, Any]) -> None:
+    """Have vLLM make its quantisation config, which it does after the options are settled, of ``settings``."""
+    vllm_config.model_config.hf_config.quantization_config = settings
 
 
 def is_unused(quant_config: QuantizationConfig | None, parameter: str) -> bool:

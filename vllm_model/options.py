@@ -35,11 +35,12 @@ class Lfm2MoeOptions:
         from lfm2_plugin.arch import Lfm2MoeArch
 
         from .support import check_support
-        from .weights import check_files, ignore_mistral_files
+        from .weights import check_files, ignore_mistral_files, name_modules_explicitly
 
         arch = Lfm2MoeArch.from_config(vllm_config.model_config.hf_config)
         check_support(arch, vllm_config)
         check_files(arch, vllm_config)
+        name_modules_explicitly(arch, vllm_config)
         ignore_mistral_files(vllm_config)
         capture_wide_decodes(vllm_config)
 

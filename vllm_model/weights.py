@@ -17,7 +17,9 @@ from lfm2_plugin.arch import Lfm2MoeArch
 from lfm2_plugin.checkpoint import Ledger, QuantisationPlan, check_checkpoint, plan_of
 from lfm2_plugin.checkpoint.loader import Loader
 from lfm2_plugin.checkpoint.placement import Place
+from lfm2_plugin.checkpoint.quantisation import explicit
 from lfm2_plugin.checkpoint.readers import holds_weights
+from lfm2_plugin.checkpoint.spellings import hub_name
 
 from .engine_api import (
     RoutedExperts,
@@ -26,6 +28,7 @@ from .engine_api import (
     is_unused,
     physical_experts,
     quantisation_settings,
+    set_quantisation_settings,
 )
 
 if TYPE_CHECKING:
@@ -47,11 +50,30 @@ def check_files(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> QuantisationPlan:
         UnsupportedQuantisation: the quantization_config is of an unknown method or format, or malformed.
     """
     quantisation = quantisation_settings(vllm_config)
+    folder = local_folder(vllm_config)
+    if folder is None:
+        return plan_of(arch, quantisation)
+    return check_checkpoint(arch, folder, quantisation)
+
+
+def name_modules_explicitly(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
+    """Write out the lists of modules in the quantization_config, before vLLM matches them by rules of its own.
+
+    Raises:
+        UnsupportedQuantisation: modules that vLLM serves as one layer are of different formats.
+    """
+    quantisation = quantisation_settings(vllm_config)
+    folder = local_folder(vllm_config)
+    if quantisation is not None and folder is not None:
+        plan = check_checkpoint(arch, folder, quantisation)
+        set_quantisation_settings(vllm_config, explicit(quantisation, plan, hub_name))
+
+
+def local_folder(vllm_config: VllmConfig) -> Path | None:
+    """Where the checkpoint's files are, if they are ones that we read and not on the hub."""
     folder = Path(vllm_config.model_config.model)
     local = vllm_config.load_config.load_format in LOCAL_FORMATS
-    if local and holds_weights(folder):
-        return check_checkpoint(arch, folder, quantisation)
-    return plan_of(arch, quantisation)
+    return folder if local and holds_weights(folder) else None
 
 
 def ignore_mistral_files(vllm_config: VllmConfig) -> None:

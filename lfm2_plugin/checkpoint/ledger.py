@@ -217,8 +217,10 @@ def plan_of(
     """
     tensors = set(tensors)
     linears = linear_modules(arch)
-    spelled = {alternate(module) for module in linears} - set(linears)
     if tensors:
         held = {name.rpartition(".")[0] for name in tensors}
-        spelled &= held
-    return read_plan(quantisation, [*linears, *sorted(spelled)], tensors)
+        linears = [m if m in held or alternate(m) not in held else alternate(m) for m in linears]
+        linears = [m for m in linears if m != "lm_head" or m in held]
+    else:
+        linears += sorted({alternate(module) for module in linears} - set(linears))
+    return read_plan(quantisation, linears, tensors)

@@ -90,10 +90,18 @@ class Loader(ABC):
             return True
         parameter = self.parameters.get(where.parameter)
         if parameter is None:
-            return where.layer is None or self.is_unused(where)
+            return self._is_another_stages(where) or self.is_unused(where)
+        if _kind(tensor.dtype) != _kind(parameter.dtype):
+            return False  # copied, codes would be taken for numbers, or numbers for codes
         if self.write(where, parameter, tensor):
             self.loaded.add(self._actual[where.parameter])
         return True
+
+    def _is_another_stages(self, where: Place) -> bool:
+        """Whether the module is none that this pipeline stage has: the embedding, the last norm, the head."""
+        module = where.parameter.rpartition(".")[0]
+        here = any(name.startswith(f"{module}.") for name in self.parameters)
+        return where.layer is None and not here
 
     def _check_head(self) -> None:
         """What came as the head of a model whose head is the embedding is the embedding.
@@ -112,3 +120,10 @@ class Loader(ABC):
                 f"{_HEAD} differs from {_EMBEDDING}, but the head is the embedding (tie_word_embeddings). "
                 "Set tie_word_embeddings to false in config.json and start again."
             )
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """Whether values of a dtype are numbers of a model, or codes that only mean something with a scale."""
+    if dtype.is_floating_point:
+        return "float" if dtype.itemsize > 1 else "float8"
+    return "integer"

@@ -37,12 +37,19 @@ _STACK = re.compile(rf"({_FEED_FORWARD}\.experts\.)({'|'.join(_PARTS)})(?:[._]we
 
 
 _OTHER = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_HUB = {other: hub for hub, other in _OTHER.items()}
 
 
 def alternate(module: str) -> str:
     """llm-compressor's name of a module of the hub's; most have only one."""
     place, _, last = module.rpartition(".")
     return f"{place}.{_OTHER[last]}" if last in _OTHER else module
+
+
+def hub_name(module: str) -> str:
+    """The hub's name of a module that a checkpoint may call as llm-compressor does."""
+    place, _, last = module.rpartition(".")
+    return f"{place}.{_HUB[last]}" if last in _HUB and ".feed_forward." in module else module
 
 
 @dataclass(frozen=True)

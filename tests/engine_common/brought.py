@@ -251,6 +251,32 @@ REFUSED: dict[str, Brought] = {
 }
 
 
+CONV = "model.layers.0.conv"
+NO_CONV: dict[str, Brought] = {
+    way: Brought(
+        lambda tensors: quantised(tensors, lambda name: CONV in name), int8(*NO_EXPERTS, *ignore)
+    )
+    for way, ignore in {
+        "full names": (f"{CONV}.in_proj", f"{CONV}.out_proj"),
+        "an anchored expression": (r"re:.*\.conv\.(in|out)_proj$",),
+        "a loose expression": ("re:.*conv.*",),
+    }.items()
+}
+"""One int8 checkpoint whose convolutions are left as they are, and ways to say so in the config."""
+
+
+def dequantised(folder: Path) -> Path:
+    """NO_CONV with every weight multiplied out, for the reference."""
+
+    def change(tensors: Tensors) -> None:
+        quantised(tensors, lambda name: CONV in name)
+        for name in [n for n in tensors if n.endswith("_scale")]:
+            weight = name.removesuffix("_scale")
+            tensors[weight] = tensors[weight].float() * tensors.pop(name)
+
+    return altered(checkpoint(SOURCE), folder, change)
+
+
 def with_another_head(folder: Path) -> Path:
     """A head of its own under a config that says the head is the embedding."""
 

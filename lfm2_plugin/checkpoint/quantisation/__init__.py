@@ -1,5 +1,6 @@
 """Quantised checkpoints: which linear module is written in which format, by the config's own rules."""
 
+from lfm2_plugin.checkpoint.quantisation.explicit import explicit
 from lfm2_plugin.checkpoint.quantisation.plan import (
     METHODS,
     QuantisationPlan,
@@ -22,6 +23,7 @@ __all__ = [
     "QuantisationPlan",
     "UnsupportedQuantisation",
     "WeightFormat",
+    "explicit",
     "explicit_ignore",
     "modules_by_engine_name",
     "read_plan",
