@@ -11,11 +11,15 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .config_keys import WAY_OUT, contradicted_names, unknown_entries
+from .config_values import wrong_flags, wrong_lists, wrong_numbers, wrong_sizes
+from .rope import read_rope
 
 MODEL_TYPE = "lfm2_moe"
 CONV = "conv"
@@ -39,7 +43,6 @@ _DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": True,
     "use_expert_bias": True,
 }
-_DEFAULT_ROPE_THETA = 1e6
 _REQUIRED = (
     "hidden_size",
     "intermediate_size",
@@ -51,6 +54,17 @@ _REQUIRED = (
     "num_key_value_heads",
     "vocab_size",
 )
+_SIZES = (
+    *(name for name in _REQUIRED if name != "layer_types"),
+    "conv_L_cache",
+    "head_dim",
+    "max_position_embeddings",
+    "num_experts_per_tok",
+)
+_NUMBERS = ("norm_eps", "routed_scaling_factor")
+_FLAGS = ("conv_bias", "norm_topk_prob", "tie_embedding", "tie_word_embeddings", "use_expert_bias")
+_ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
+_READ = frozenset({*_DEFAULTS, *_REQUIRED, *_SIZES, *_FLAGS, *_ROPE, "full_attn_idxs"})
 
 
 class UnsupportedConfig(ValueError):
@@ -110,37 +124,35 @@ class Lfm2MoeArch:
     tie_word_embeddings: bool
 
     @classmethod
-    def from_config(cls, config: Any) -> Lfm2MoeArch:
+    def from_config(cls, config: Any, entries: Mapping[str, Any] | None = None) -> Lfm2MoeArch:
         """Read a ``config.json`` (as a mapping) or a Hugging Face config object.
 
+        Args:
+            config: the mapping or the object.
+            entries: what the object says, where an engine has changed it; by default its own.
+
         Raises:
-            UnsupportedConfig: another model's config, a missing entry, or entries that contradict each other; the text
-                lists everything that is wrong.
+            UnsupportedConfig: another model's config; an entry that is missing, of a wrong type, out of range, unknown,
+                or contradicted by another. The text lists all that is wrong.
         """
-        values = _as_dict(config)
-        model_type = values.get("model_type")
+        given = _as_dict(config) if entries is None else dict(entries)
+        model_type = given.get("model_type")
         if model_type != MODEL_TYPE:
             raise UnsupportedConfig(
                 f"This is a config of model_type {model_type!r}; lfm2-plugin serves only {MODEL_TYPE!r} "
                 "(LFM2-8B-A1B, LFM2-24B-A2B, LFM2.5-8B-A1B and models of that shape)."
             )
-        missing = [name for name in _REQUIRED if values.get(name) is None]
-        if missing:
-            raise UnsupportedConfig(
-                f"The config lacks {', '.join(missing)}. Use the config.json that came with the checkpoint."
-            )
-        values = {**_DEFAULTS, **{k: v for k, v in values.items() if v is not None}}
-        kinds = values["layer_types"]
-        values["layer_types"] = [_RENAMED_LAYER_TYPES.get(kind, kind) for kind in kinds]
-        rope = _rope_parameters(values)
-        problems = _problems(values)
-        if problems:
-            raise UnsupportedConfig("The config contradicts itself: " + "; ".join(problems) + ".")
+        values = {**_DEFAULTS, **{k: v for k, v in given.items() if v is not None}}
+        rope, problems = read_rope(values)
+        problems = _problems(values) + problems
+        unknown = unknown_entries(given, _READ, config)
+        if problems or unknown:
+            raise UnsupportedConfig(_refusal(problems, unknown))
         heads = values["num_attention_heads"]
         return cls(
             hidden_size=values["hidden_size"],
             num_layers=values["num_hidden_layers"],
-            layer_types=tuple(values["layer_types"]),
+            layer_types=tuple(_kinds(values["layer_types"])),
             num_heads=heads,
             num_kv_heads=values["num_key_value_heads"],
             head_dim=values.get("head_dim", values["hidden_size"] // heads),
@@ -149,18 +161,18 @@ class Lfm2MoeArch:
             num_dense_layers=values["num_dense_layers"],
             num_experts=values["num_experts"],
             num_experts_per_tok=values["num_experts_per_tok"],
-            norm_topk_prob=bool(values["norm_topk_prob"]),
-            use_expert_bias=bool(values["use_expert_bias"]),
+            norm_topk_prob=values["norm_topk_prob"],
+            use_expert_bias=values["use_expert_bias"],
             routed_scaling_factor=float(values["routed_scaling_factor"]),
             conv_width=values["conv_L_cache"],
-            conv_bias=bool(values["conv_bias"]),
+            conv_bias=values["conv_bias"],
             norm_eps=float(values["norm_eps"]),
             rope_theta=rope["rope_theta"],
             rope_parameters=rope,
             vocab_size=values["vocab_size"],
             max_position_embeddings=values["max_position_embeddings"],
             # "tie_embedding" is the name in LFM2's first configs; the Hugging Face class lets it win.
-            tie_word_embeddings=bool(values.get("tie_embedding", values["tie_word_embeddings"])),
+            tie_word_embeddings=values.get("tie_embedding", values["tie_word_embeddings"]),
         )
 
     @property
@@ -199,42 +211,48 @@ def _as_dict(config: Any) -> dict[str, Any]:
     if hasattr(config, "to_dict"):
         return config.to_dict()
     raise UnsupportedConfig(
-        f"Expected a mapping or a Hugging Face config, got {type(config).__name__}."
+        f"Expected the entries of a config.json (a mapping) or a Hugging Face config, got {type(config).__name__}."
     )
 
 
-def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested form from either form; transformers 4 wrote a flat rope_theta, transformers 5 writes rope_parameters."""
-    nested = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    rope_type = nested.pop("rope_type", None) or nested.pop("type", None) or "default"
-    nested.pop("type", None)
-    theta = nested.pop("rope_theta", None) or values.get("rope_theta") or _DEFAULT_ROPE_THETA
-    return {"rope_type": rope_type, "rope_theta": float(theta), **nested}
+def _kinds(layer_types: Iterable[str]) -> list[str]:
+    return [_RENAMED_LAYER_TYPES.get(kind, kind) for kind in layer_types]
+
+
+def _refusal(problems: list[str], unknown: list[str]) -> str:
+    text = f"The config can't be served right: {'; '.join(problems + unknown)}."
+    return f"{text} {WAY_OUT}." if unknown else text
 
 
 def _problems(values: Mapping[str, Any]) -> list[str]:
-    """Everything that is wrong, in words."""
-    sizes = [name for name in _REQUIRED if name != "layer_types"]
-    sizes += ["conv_L_cache", "max_position_embeddings", "num_experts_per_tok"]
-    sizes += ["head_dim"] if "head_dim" in values else []
-    problems = [
-        f"{name} is {values[name]!r}, not a positive integer"
-        for name in sizes
-        if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < 1
-    ]
-    dense = values["num_dense_layers"]
-    if not isinstance(dense, int) or dense < 0:
-        problems.append(f"num_dense_layers is {dense!r}, not an integer from 0 on")
-    if problems:
-        return problems
+    """Everything that is wrong, in words; the rotary settings and unknown entries aside."""
+    missing = [name for name in _REQUIRED if name not in values]
+    problems = []
+    if missing:
+        problems.append(
+            f"it lacks {', '.join(missing)} (use the config.json that came with the checkpoint)"
+        )
+    problems += wrong_sizes(values, _SIZES)
+    problems += wrong_sizes(values, ["num_dense_layers"], least=0)
+    problems += wrong_numbers(values, _NUMBERS)
+    problems += wrong_flags(values, _FLAGS)
+    problems += wrong_lists(values, ["layer_types"])
+    return problems or _contradictions(values)
 
-    kinds, layers = list(values["layer_types"]), values["num_hidden_layers"]
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    """What doesn't fit together in entries that are there and of their types."""
+    kinds, layers = _kinds(values["layer_types"]), values["num_hidden_layers"]
     heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
+    problems = contradicted_names({"head_dim": values["hidden_size"] // heads, **values})
+    dense, indices = values["num_dense_layers"], values.get("full_attn_idxs")
     if len(kinds) != layers:
         problems.append(f"layer_types has {len(kinds)} entries for num_hidden_layers {layers}")
-    unknown = sorted({str(kind) for kind in kinds} - {CONV, ATTENTION})
+    unknown = sorted(set(kinds) - {CONV, ATTENTION})
     if unknown:
         problems.append(f"layer_types has {', '.join(unknown)}; known are {CONV} and {ATTENTION}")
+    if indices is not None and indices != [i for i, k in enumerate(kinds) if k == ATTENTION]:
+        problems.append(f"full_attn_idxs {indices!r} are not where layer_types has {ATTENTION}")
     if dense > layers:
         problems.append(f"num_dense_layers {dense} is more than num_hidden_layers {layers}")
     if heads % kv_heads:

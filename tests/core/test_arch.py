@@ -111,6 +111,23 @@ def test_untied(name: str) -> None:
         (published(num_dense_layers=-1), "num_dense_layers is -1"),
         (published(hidden_size="2048"), "hidden_size is '2048', not a positive integer"),
         (published(num_experts=0), "num_experts is 0"),
+        (published(num_experts=64.0), "num_experts is 64.0, not a positive integer"),
+        (published(num_hidden_layers=True), "num_hidden_layers is True"),
+        (published(num_dense_layers=True), "num_dense_layers is True"),
+        (published(head_dim=[64]), "head_dim is "),
+        (published(layer_types="conv"), "layer_types is 'conv', not a list of strings"),
+        (published(layer_types=[["conv"]] * 40), "not a list of strings"),
+        (published(layer_types=4), "layer_types is 4"),
+        (published(norm_eps=0), "norm_eps is 0, not a number above 0"),
+        (published(norm_eps=float("nan")), "norm_eps is nan"),
+        (published(norm_eps="1e-5"), "norm_eps is '1e-5'"),
+        (published(norm_eps=True), "norm_eps is True"),
+        (published(routed_scaling_factor=[2.5]), "routed_scaling_factor is "),
+        (published(routed_scaling_factor=0.0), "routed_scaling_factor is 0.0"),
+        (published(conv_bias="false"), "conv_bias is 'false', not true or false"),
+        (published(norm_topk_prob=1), "norm_topk_prob is 1"),
+        (published(use_expert_bias=[]), "use_expert_bias is "),
+        (published(tie_embedding="no"), "tie_embedding is 'no'"),
     ],
 )
 def test_refused(config: dict, message: str) -> None:
@@ -123,9 +140,28 @@ def test_everything_wrong_is_listed() -> None:
         Lfm2MoeArch.from_config(published(num_hidden_layers=39, conv_L_cache=12))
 
 
-def test_something_else_entirely() -> None:
-    with pytest.raises(UnsupportedConfig, match="got SimpleNamespace"):
-        Lfm2MoeArch.from_config(SimpleNamespace())
+def test_problems_of_every_kind_are_listed_together() -> None:
+    config = without(
+        "vocab_size", num_experts="8", norm_eps=-1, conv_bias=2, rope_theta=1, sliding_window=256
+    )
+    config["rope_parameters"] = {"rope_theta": 0}
+    with pytest.raises(UnsupportedConfig) as refused:
+        Lfm2MoeArch.from_config(config)
+    for word in (
+        "lacks vocab_size",
+        "num_experts is '8'",
+        "norm_eps is -1",
+        "conv_bias is 2",
+        "rope_theta is 0",
+        "sliding_window is 256",
+    ):
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize("given", [SimpleNamespace(), [published()], None, "config.json", 7])
+def test_something_else_entirely(given) -> None:
+    with pytest.raises(UnsupportedConfig, match=f"got {type(given).__name__}"):
+        Lfm2MoeArch.from_config(given)
 
 
 def test_layer_types_as_transformers_renames_them():
