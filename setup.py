@@ -71,7 +71,14 @@ setup(
         "sglang": [f"sglang{SGLANG}"],
         # The newest torch of which there is a CPU build; SGLang asks for a later one and runs on this one too.
         "sglang-cpu": ["torch==2.13.0", "torchvision==0.28.0", *SGLANG_CPU],
-        "test": ["pytest>=8", "peft>=0.17", "openai>=2", "transformers>=5", "build>=1.2"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "peft>=0.17",
+            "openai>=2",
+            "transformers>=5",
+            "build>=1.2",
+        ],
         "bench": ["matplotlib>=3.8", "psutil>=5"],
     },
     entry_points={

@@ -25,6 +25,7 @@ MODEL_TYPE = "lfm2_moe"
 CONV = "conv"
 ATTENTION = "full_attention"
 CONV_WIDTHS = range(2, 9)
+MOST_EXPERTS = 4096  # of a layer: a wrong number would have us list billions of tensors; published models have 64
 # transformers 5.17 renames the kinds of layers of a config as it reads it; 5.19 does not.
 _RENAMED_LAYER_TYPES = {"linear_attention": CONV, "attention": ATTENTION}
 
@@ -270,6 +271,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
             f"num_experts_per_tok {values['num_experts_per_tok']} is more than "
             f"num_experts {values['num_experts']}"
         )
+    if values["num_experts"] > MOST_EXPERTS:
+        problems.append(f"num_experts {values['num_experts']} is more than {MOST_EXPERTS}")
     if values["conv_L_cache"] not in CONV_WIDTHS:
         problems.append(
             f"conv_L_cache {values['conv_L_cache']} is outside {CONV_WIDTHS[0]}..{CONV_WIDTHS[-1]}"
