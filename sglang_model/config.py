@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lfm2_plugin.arch import Lfm2MoeArch
+from lfm2_plugin.arch import Lfm2MoeArch, UnsupportedConfig
+from lfm2_plugin.checkpoint import CheckpointError, UnsupportedQuantisation, check_checkpoint
+from lfm2_plugin.checkpoint.quantisation import explicit
+from lfm2_plugin.checkpoint.readers import holds_weights
+from lfm2_plugin.checkpoint.spellings import hub_name
 
 from .engine_api import (
     ConvCacheParams,
@@ -52,10 +58,30 @@ class Lfm2MoeConfig(HuggingFaceConfig):
         """The checked model shape. Raises UnsupportedConfig."""
         return arch_of(self)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; and lists of modules are written out before SGLang matches them by rules of its own."""
+        made = super().from_dict(config_dict, **kwargs)
+        (made[0] if isinstance(made, tuple) else made).name_modules_explicitly()
+        return made
+
+    def name_modules_explicitly(self) -> None:
+        """Write out the lists of modules in the quantization_config, by the names in the checkpoint's files.
+
+        What is wrong with either is said when the model is built.
+        """
+        settings, folder = self.quantisation_settings, Path(self.name_or_path)
+        if settings is None or not holds_weights(folder):
+            return
+        with suppress(UnsupportedConfig, CheckpointError, UnsupportedQuantisation):
+            plan = check_checkpoint(arch_of(self), folder, settings)
+            self.quantization_config = explicit(settings, plan, hub_name)
+
     @property
     def quantisation_settings(self) -> dict[str, Any] | None:
         """The quantization_config that came with the checkpoint; None for an unquantised one."""
-        return getattr(self, "quantization_config", None)
+        settings = getattr(self, "quantization_config", None)
+        return settings.to_dict() if hasattr(settings, "to_dict") else settings
 
     @property
     def full_attention_layer_ids(self) -> list[int]:

@@ -14,10 +14,18 @@ import torch
 from torch import nn
 
 from lfm2_plugin.arch import Lfm2MoeArch
-from lfm2_plugin.checkpoint import Ledger, QuantisationPlan, check_checkpoint, plan_of
+from lfm2_plugin.checkpoint import (
+    CheckpointError,
+    Ledger,
+    QuantisationPlan,
+    check_checkpoint,
+    plan_of,
+)
 from lfm2_plugin.checkpoint.loader import Loader
 from lfm2_plugin.checkpoint.placement import Place
+from lfm2_plugin.checkpoint.quantisation import is_router
 from lfm2_plugin.checkpoint.readers import head_differs
+from lfm2_plugin.checkpoint.report import summary
 
 from .config import Lfm2MoeConfig
 from .engine_api import checkpoint_folder, default_weight_loader, kv_cache_is_quantised
@@ -35,6 +43,7 @@ def check_files(arch: Lfm2MoeArch, config: Lfm2MoeConfig) -> tuple[Lfm2MoeArch, 
 
     Raises:
         CheckpointError: names every missing, unexpected, misshapen, mistyped tensor and every unreadable file.
+            Or the router is quantised.
         UnsupportedQuantisation: the quantization_config is of an unknown method or format, or malformed.
     """
     quantisation = config.quantisation_settings
@@ -42,9 +51,20 @@ def check_files(arch: Lfm2MoeArch, config: Lfm2MoeConfig) -> tuple[Lfm2MoeArch, 
     if folder is None:
         return arch, plan_of(arch, quantisation)
     plan = check_checkpoint(arch, folder, quantisation)
+    _refuse_quantised_routers(plan)
     if arch.tie_word_embeddings and head_differs(folder):
         arch = replace(arch, tie_word_embeddings=False)
     return arch, plan
+
+
+def _refuse_quantised_routers(plan: QuantisationPlan) -> None:
+    """Routers stay as they are here: four of many experts hang on small differences of their outputs."""
+    routers = sorted(module for module in plan.quantised_modules if is_router(module))
+    if routers:
+        raise CheckpointError(
+            f"The checkpoint's routers are quantised ({summary(routers)}), which is not supported in SGLang. Quantise "
+            "it with 're:.*feed_forward.gate$' in the list of modules to ignore."
+        )
 
 
 def load_weights(

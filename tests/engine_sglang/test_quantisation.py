@@ -6,8 +6,11 @@ from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import
     CompressedTensorsConfig,
 )
 from sglang.srt.models.lfm2_moe import Lfm2MoeForCausalLM as Builtin
+from sglang.srt.utils.hf_transformers_utils import get_config
 
+from sglang_model.defaults import declare
 from sglang_model.model import Lfm2MoeForCausalLM as Ours
+from tests.engine_common.brought import NO_CONV
 
 LAYER = "model.layers.4.feed_forward"
 FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
@@ -28,9 +31,9 @@ def config(model: type, targets: list[str], ignore: list[str]) -> CompressedTens
     )
 
 
-def experts_scheme(found: CompressedTensorsConfig) -> dict | None:
+def experts_scheme(found: CompressedTensorsConfig, layer: str = LAYER) -> dict | None:
     """What SGLang finds for a layer's experts, by the three names that it asks for."""
-    names = [f"{LAYER}.experts.0.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
+    names = [f"{layer}.experts.0.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
     schemes = [found.get_scheme_dict(torch.nn.Identity(), name) for name in names]
     assert schemes[0] == schemes[1] == schemes[2]
     return schemes[0]
@@ -58,3 +61,25 @@ def test_the_dense_layers_are_found_and_ignored_by_the_names_of_the_checkpoint(m
     assert found["weights"].num_bits == 8
     ignore = [f"{LAYER}.w{number}" for number in (1, 2, 3)]
     assert config(Ours, ["Identity"], ignore).get_scheme_dict(torch.nn.Identity(), name) is None
+
+
+@pytest.mark.parametrize("way", NO_CONV)
+def test_ways_to_name_what_is_not_quantised(tmp_path, way: str):
+    """What a list of modules means is settled on the checkpoint's names, before SGLang matches it."""
+    declare()
+    folder = NO_CONV[way].make(tmp_path / "model")
+    settings = get_config(str(folder), trust_remote_code=False).quantization_config
+    packed = {"packed_modules_mapping": Ours.packed_modules_mapping}
+    found = CompressedTensorsConfig.from_config({**settings, **packed})
+    linear = torch.nn.Linear(1, 1)
+
+    def is_quantised(module: str) -> bool:
+        return found.get_scheme_dict(linear, f"model.layers.{module}") is not None
+
+    assert not is_quantised("0.conv.in_proj")
+    assert not is_quantised("0.conv.out_proj")
+    assert not is_quantised("1.feed_forward.gate")
+    assert is_quantised("0.feed_forward.w13")
+    assert is_quantised("1.self_attn.qkv_proj")
+    assert is_quantised("1.self_attn.out_proj")
+    assert experts_scheme(found, "model.layers.1.feed_forward") is None

@@ -14,6 +14,7 @@ from lfm2_plugin.checkpoint.quantisation.weight_format import (
     Dtypes,
     UnsupportedQuantisation,
     WeightFormat,
+    is_router,
 )
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "WeightFormat",
     "explicit",
     "explicit_ignore",
+    "is_router",
     "modules_by_engine_name",
     "read_plan",
     "read_quantisation_config",
