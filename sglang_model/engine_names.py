@@ -11,6 +11,8 @@ NAMES = {
     "FusedMoE": "sglang.srt.layers.moe.fused_moe_triton:FusedMoE",
     "FusedMoEWithLoRA": "sglang.srt.lora.layers:FusedMoEWithLoRA",
     "GenerationBatchResult": "sglang.srt.managers.utils:GenerationBatchResult",
+    "HookRegistry": "sglang.srt.plugins.hook_registry:HookRegistry",
+    "HookType": "sglang.srt.plugins.hook_registry:HookType",
     "HuggingFaceConfig": "transformers:Lfm2MoeConfig",
     "LoRAAdapter": "sglang.srt.lora.lora:LoRAAdapter",
     "LoRAManager": "sglang.srt.lora.lora_manager:LoRAManager",
@@ -73,8 +75,10 @@ NAMES = {
     "get_attn_backend": "sglang.srt.model_executor.forward_context:get_attn_backend",
     "get_device_memory_capacity": "sglang.srt.utils.common:get_device_memory_capacity",
     "get_forward_batch": "sglang.srt.model_executor.runner_utils.forward_batch:get_forward_batch",
+    "get_linear_attn_spec": "sglang.srt.configs.linear_attn_model_registry:get_linear_attn_spec",
     "get_lora": "sglang.srt.runtime_context:get_lora",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
+    "get_server_args": "sglang.srt.runtime_context:get_server_args",
     "get_spec": "sglang.srt.runtime_context:get_spec",
     "make_layers": "sglang.srt.utils:make_layers",
     "mamba_track_grid": "sglang.srt.runtime_context:mamba_track_grid",
@@ -89,3 +93,16 @@ NAMES = {
     "tensor_model_parallel_all_reduce": "sglang.srt.distributed:tensor_model_parallel_all_reduce",
 }
 """Our name for it -> ``module:name``."""
+
+REPLACED = {
+    "LoRAAdapter": "sglang.srt.lora.lora.LoRAAdapter",
+    "LoRAManager": "sglang.srt.lora.lora_manager.LoRAManager",
+    "assign_req_to_token_pool_func": (
+        "sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func"
+    ),
+}
+"""All that ``replacements.py`` may put something of ours in the place of: our name for it -> its full name.
+
+``LoRAAdapter``, ``LoRAManager``: by ``lora.py``, when the model is built with LoRA on. SGLang makes both by name.
+``assign_req_to_token_pool_func``: by ``cpu_speculation.py``, with drafts on a CPU. A Triton kernel.
+"""

@@ -21,6 +21,7 @@ from .engine_api import (
     resolving_view,
     with_decode_graphs,
 )
+from .registration import SOURCE
 
 LARGEST_GRAPH = 1024
 """Requests, as in vLLM (``vllm_model/options.py``)."""
@@ -48,7 +49,7 @@ def settle_graphs(server_args: Any, previous: Callable[[Any], None]) -> None:
     largest = largest_graph(options, model.hf_config.arch, model.dtype.itemsize, outside)
     if largest > options.cuda_graph_config.decode.max_bs:
         graphs = with_decode_graphs(server_args, options.cuda_graph_config, largest)
-        declare_resolution(server_args, "lfm2-plugin", cuda_graph_config=graphs)
+        declare_resolution(server_args, SOURCE, cuda_graph_config=graphs)
 
 
 def captures_plain_decodes(options: Any) -> bool:

@@ -26,9 +26,9 @@ from .engine_api import (
     LoRAAdapter,
     LoRAManager,
     get_parallel,
-    replace_in_engine,
     replace_submodule,
 )
+from .replacements import replace_in_engine
 
 _ATTENTION = frozenset({"qkv_proj", "out_proj"})
 _CONV = frozenset({"in_proj", "out_proj"})
@@ -265,9 +265,4 @@ class AdapterManager(LoRAManager):
 
 def serve_adapters() -> None:
     """Have SGLang use the two classes, in this process; the model calls it when it is built with LoRA on."""
-    replace_in_engine(
-        {
-            "sglang.srt.lora.lora.LoRAAdapter": Adapter,
-            "sglang.srt.lora.lora_manager.LoRAManager": AdapterManager,
-        }
-    )
+    replace_in_engine(LoRAAdapter=Adapter, LoRAManager=AdapterManager)

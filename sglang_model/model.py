@@ -34,6 +34,7 @@ from .engine_api import (
 )
 from .feed_forward import Lfm2MoeExperts, Lfm2MoeMlp
 from .lora import dimensions, serve_adapters, slices
+from .registration import check_registration
 from .short_conv import Lfm2ShortConv
 from .support import check_support
 from .weights import check_files, load_weights
@@ -192,6 +193,7 @@ class Lfm2MoeForCausalLM(nn.Module):
         super().__init__()
         arch = arch_of(config)
         check_support(arch, quant_config)
+        check_registration(config)
         arch, self.quantisation = check_files(arch, config)
         self.arch = arch
         config.use_state_dtype(torch.get_default_dtype())

@@ -13,6 +13,7 @@ from .engine_api import (
     resolving_view,
     sglang_version,
 )
+from .registration import SOURCE
 
 DEFAULT_BREADTH = 10
 """SGLang's; how many branches a tree of drafts may have."""
@@ -31,7 +32,7 @@ def settle_drafts(server_args: Any, previous: Callable[[Any], None]) -> None:
     if algorithm == "NGRAM" and isinstance(model_config_of(server_args).hf_config, Lfm2MoeConfig):
         chosen = _on_cpu(options) if options.device == "cpu" else _on_gpu(options)
         if chosen:
-            declare_resolution(server_args, "lfm2-plugin", **chosen)
+            declare_resolution(server_args, SOURCE, **chosen)
     previous(server_args)
 
 

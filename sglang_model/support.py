@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lfm2_plugin.arch import Lfm2MoeArch
+from lfm2_plugin.dispatch import check_choice
 
 from . import SUPPORTED
 from .cpu_platform import PortableCpuPlatform
@@ -13,6 +16,19 @@ from .engine_api import (
     missing_capabilities,
     sglang_version,
 )
+
+
+def check_operators(options: Any) -> None:
+    """Refuse an ``LFM2_PLUGIN_OPS`` that would fail in the first step.
+
+    Args:
+        options: SGLang's, as resolved.
+
+    Raises:
+        ImpossibleChoice: what is wrong and what to do.
+    """
+    graphs = options.cuda_graph_config.decode.backend != "disabled"
+    check_choice(options.device, captures_graphs=graphs)
 
 
 def check_support(arch: Lfm2MoeArch, quant_config: QuantizationConfig | None) -> None:

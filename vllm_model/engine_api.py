@@ -145,6 +145,7 @@ __all__ = [
     "VocabParallelEmbedding",
     "WeightsMapper",
     "captures_graphs",
+    "captures_whole_steps",
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "conv_batch_from",
@@ -152,6 +153,7 @@ __all__ = [
     "conv_state_dtypes",
     "conv_state_shape",
     "default_weight_loader",
+    "device_type",
     "expert_ranks",
     "extract_layer_index",
     "get_forward_context",
@@ -186,9 +188,27 @@ def on_cpu() -> bool:
     return current_platform.is_cpu()
 
 
+def device_type() -> str:
+    """What torch calls the device that this vLLM runs its models on."""
+    return current_platform.device_type
+
+
 def captures_graphs() -> bool:
     """Whether this vLLM runs its models on a device whose work can be captured in graphs."""
     return current_platform.support_static_graph_mode()
+
+
+def captures_whole_steps(vllm_config: VllmConfig) -> bool:
+    """Whether decodes run as CUDA graphs that have the convolutions in them.
+
+    The mode is settled late, by default on one that has them.
+    """
+    mode = vllm_config.compilation_config.cudagraph_mode
+    return (
+        captures_graphs()
+        and not vllm_config.model_config.enforce_eager
+        and (mode is None or mode.has_full_cudagraphs())
+    )
 
 
 def missing_capabilities() -> list[str]:

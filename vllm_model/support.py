@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from lfm2_plugin.arch import Lfm2MoeArch
+from lfm2_plugin.dispatch import check_choice
 
 from .engine_api import (
     SUPPORTED,
     VllmConfig,
+    captures_whole_steps,
+    device_type,
     expert_ranks,
     missing_capabilities,
     on_cpu,
@@ -22,12 +25,14 @@ def check_support(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
 
     Raises:
         ValueError: what is wrong and what to do.
+        ImpossibleChoice: ``LFM2_PLUGIN_OPS`` asks for what can't run here.
     """
     if missing := missing_capabilities():
         raise ValueError(
             f"vLLM {vllm_version} lacks {', '.join(missing)}, which lfm2-plugin builds on. Install a release from "
             f"{SUPPORTED[0]} to {SUPPORTED[1]} or a newer lfm2-plugin, or set LFM2_PLUGIN=off for vLLM's own model."
         )
+    check_choice(device_type(), captures_graphs=captures_whole_steps(vllm_config))
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size
     if arch.num_heads % ranks or arch.hidden_size % ranks:

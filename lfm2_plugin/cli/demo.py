@@ -22,7 +22,7 @@ from lfm2_plugin.demo import model_path
 from lfm2_plugin.demo.tasks import Question, is_right, questions
 from lfm2_plugin.doctor.engines import ENGINES as DOCTORS_ENGINES
 from lfm2_plugin.doctor.vllm_cpu import command_findings
-from lfm2_plugin.register import SWITCH, switched_off
+from lfm2_plugin.switch import SWITCH, switched_off
 
 NAME = "lfm2-demo"
 TIMEOUT_S = 1200

@@ -11,9 +11,11 @@ from typing import Any
 
 from lfm2_plugin.doctor.findings import Finding
 from lfm2_plugin.doctor.vllm_cpu import command_findings
-from lfm2_plugin.register import ARCHITECTURE, SWITCH, PluginError, switched_off
+from lfm2_plugin.register import ARCHITECTURE, CPU_PLATFORM_NAME
+from lfm2_plugin.switch import SWITCH, PluginError, switched_off
 
 NAME = "lfm2"
+PLATFORM_VARIABLE = "SGLANG_PLATFORM"
 TIMEOUT_S = 180
 _MARK = "resolved:"
 
@@ -105,12 +107,23 @@ def _served(name: str, off: bool) -> Finding:
         return Finding("engine", name, "ok", text)
     if off:
         return Finding("engine", name, "note", text)
-    allowed = os.environ.get(engine.switch)
+    return Finding("engine", name, "fault", f"{text}: not ours", _remedy(name))
+
+
+def _remedy(name: str) -> str:
+    """What to do where the engine serves with another class than ours, though the switch is on."""
+    switch = ENGINES[name].switch
+    allowed = os.environ.get(switch)
     if allowed is not None and NAME not in allowed.split(","):
-        remedy = f"{engine.switch}={allowed!r} leaves {NAME!r} out: add it, or unset the variable"
-    else:
-        remedy = "another plugin may have registered the architecture after this one"
-    return Finding("engine", name, "fault", f"{text}: not ours", remedy)
+        return f"{switch}={allowed!r} leaves {NAME!r} out: add it, or unset the variable"
+    platform = os.environ.get(PLATFORM_VARIABLE)
+    if name == "sglang" and platform not in (None, "", CPU_PLATFORM_NAME):
+        return (
+            f"{PLATFORM_VARIABLE}={platform!r} has SGLang skip this package, and say nothing of it, because it brings "
+            f"a platform of another name ({CPU_PLATFORM_NAME}): unset the variable; where SGLang then finds two "
+            "platforms that come into effect, it can't serve LFM2-MoE with this package"
+        )
+    return "another plugin may have registered the architecture after this one"
 
 
 def ask(code: str, engine: str = "vLLM") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from lfm2_plugin.conv_batch import ConvBatch
-from lfm2_plugin.dispatch import ImpossibleChoice, implementation
+from lfm2_plugin.dispatch import ENV, ImpossibleChoice, check_choice, implementation
 from lfm2_plugin.doctor.findings import Finding
 from lfm2_plugin.ops.linear import linear, linear_naive, pack
 from lfm2_plugin.ops.moe import moe, moe_naive
@@ -26,11 +26,21 @@ Outputs = list[torch.Tensor]
 
 
 def kernel_findings() -> Iterator[Finding]:
-    """One finding an operator and kind of device."""
+    """One finding an operator and kind of device, and what keeps the user's choice from a default server."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
+        yield from graph_findings(device)
         for name, check in CHECKS.items():
             yield _compare(name, check, device)
+
+
+def graph_findings(device: str) -> Iterator[Finding]:
+    """Where the user's choice runs, but not in the CUDA graphs that engines capture by default."""
+    try:
+        check_choice(device)
+        check_choice(device, captures_graphs=True)
+    except ImpossibleChoice as error:
+        yield Finding("kernels", f"{ENV} on {device}", "fault", str(error))
 
 
 def _compare(name: str, check: Callable[[str], tuple[Outputs, Outputs]], device: str) -> Finding:

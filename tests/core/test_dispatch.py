@@ -56,6 +56,50 @@ def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         dispatch.implementation("cuda", triton=True)
 
 
+@pytest.mark.parametrize(
+    ("value", "device", "graphs", "words"),
+    [
+        ("foo", "cpu", False, "LFM2_PLUGIN_OPS=foo is unknown"),
+        ("foo", "cuda", True, "LFM2_PLUGIN_OPS=foo is unknown"),
+        ("triton", "cpu", False, "LFM2_PLUGIN_OPS=triton needs a GPU"),
+        ("naive", "cuda", True, "LFM2_PLUGIN_OPS=naive reads values back .* --enforce-eager"),
+        (
+            "native",
+            "cuda",
+            True,
+            "LFM2_PLUGIN_OPS=native reads values back .* --disable-cuda-graph",
+        ),
+    ],
+)
+def test_a_choice_that_would_fail_in_the_first_step_is_refused(
+    monkeypatch: pytest.MonkeyPatch, value: str, device: str, graphs: bool, words: str
+) -> None:
+    monkeypatch.setenv(dispatch.ENV, value)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(dispatch.ImpossibleChoice, match=words):
+        dispatch.check_choice(device, captures_graphs=graphs)
+
+
+@pytest.mark.parametrize(
+    ("value", "device", "graphs"),
+    [
+        (None, "cuda", True),  # the engines' own kernels
+        ("auto", "cuda", True),
+        ("triton", "cuda", True),
+        ("native", "cuda", False),
+        ("naive", "cpu", True),  # a CPU captures nothing
+    ],
+)
+def test_a_choice_that_runs_is_not_refused(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, device: str, graphs: bool
+) -> None:
+    monkeypatch.delenv(dispatch.ENV, raising=False)
+    if value is not None:
+        monkeypatch.setenv(dispatch.ENV, value)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
+    dispatch.check_choice(device, captures_graphs=graphs)
+
+
 @pytest.mark.parametrize(("value", "forced"), [(None, False), ("auto", False), ("native", True)])
 def test_a_choice_of_the_user(monkeypatch: pytest.MonkeyPatch, value, forced: bool) -> None:
     """On a GPU the engine's kernels run unless the user names ours."""

@@ -21,7 +21,7 @@ from lfm2_plugin.doctor import (
     vllm_cpu,
 )
 from lfm2_plugin.doctor.machine import cpu_flags, machine_findings, usable_cores, version_findings
-from lfm2_plugin.register import PluginError
+from lfm2_plugin.switch import PluginError
 
 OURS = {
     "engine": "0.32.0",
@@ -39,7 +39,10 @@ BUILTIN = {
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch):
-    for name in ("LFM2_PLUGIN", "LFM2_PLUGIN_OPS", "VLLM_PLUGINS", "SGLANG_PLUGINS"):
+    for name in (
+        *("LFM2_PLUGIN", "LFM2_PLUGIN_OPS", "VLLM_PLUGINS"),
+        *("SGLANG_PLUGINS", "SGLANG_PLATFORM"),
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -135,6 +138,22 @@ def test_left_out_by_the_engines_own_switch(answers, case: Case, monkeypatch: py
     monkeypatch.setenv(switch, "some_other")
     assert finding_of(case.engine).status == "fault"
     assert f"{switch}='some_other' leaves 'lfm2' out" in finding_of(case.engine).remedy
+
+
+@pytest.mark.parametrize(
+    ("platform", "named"), [("another", True), ("lfm2_cpu", False), ("", False), (None, False)]
+)
+def test_left_out_by_another_platform(
+    answers, case: Case, monkeypatch: pytest.MonkeyPatch, platform: str | None, named: bool
+):
+    """Of SGLang, which leaves out, without a word, what is in one distribution with a platform of another name."""
+    answers(case.builtin)
+    if platform is not None:
+        monkeypatch.setenv("SGLANG_PLATFORM", platform)
+    finding = finding_of(case.engine)
+    assert finding.status == "fault"
+    said = f"SGLANG_PLATFORM='{platform}' has SGLang skip this package" in finding.remedy
+    assert said == (named and case.engine == "sglang")
 
 
 def test_an_engine_that_fails_is_a_fault(answers, case: Case):
@@ -281,6 +300,20 @@ def test_a_kernel_that_raises_is_a_fault(monkeypatch: pytest.MonkeyPatch):
 def test_an_impossible_choice_of_kernels_is_a_fault(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LFM2_PLUGIN_OPS", "fastest")
     assert {f.status for f in kernels.kernel_findings()} == {"fault"}
+
+
+@pytest.mark.parametrize(
+    ("ops", "device", "faults"),
+    [("native", "cuda", 1), ("native", "cpu", 0), ("triton", "cuda", 0), ("foo", "cpu", 1)],
+)
+def test_a_choice_that_no_default_server_takes_is_a_fault(
+    monkeypatch: pytest.MonkeyPatch, ops: str, device: str, faults: int
+):
+    monkeypatch.setenv("LFM2_PLUGIN_OPS", ops)
+    monkeypatch.setattr("lfm2_plugin.dispatch.importlib.util.find_spec", lambda name: object())
+    found = list(kernels.graph_findings(device))
+    assert [f.status for f in found] == ["fault"] * faults
+    assert all(f"LFM2_PLUGIN_OPS={ops}" in f.text for f in found)
 
 
 def test_the_forced_implementation_is_reported(monkeypatch: pytest.MonkeyPatch):

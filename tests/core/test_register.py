@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lfm2_plugin.register import PluginError, check_release, switched_off
+from lfm2_plugin.releases import check_release
+from lfm2_plugin.switch import PluginError, switched_off
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORTED = ("0.32.0", "0.33.0")
@@ -43,8 +44,10 @@ register_vllm(); register_vllm()
 import vllm
 print("CALLS", vllm.ModelRegistry.calls)
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP as options
-print("OPTIONS", {arch: entry.__module__ for arch, entry in options.items()})
+counting = {arch: getattr(entry, "now", entry) for arch, entry in options.items()}
+print("OPTIONS", {arch: entry.__module__ for arch, entry in counting.items() if entry})
 for arch, entry in vllm.ModelRegistry.models.items():
+    entry = getattr(entry, "now", entry)
     if isinstance(entry, vllm.Lazy):
         print("SERVES", arch, entry.module_name + ":" + entry.class_name)
         continue
@@ -63,7 +66,9 @@ for arch, entry in vllm.ModelRegistry.models.items():
 """
 
 
-def fakes(folder: Path, *, version: str = "0.32.0", front: str = FRONT, model: bool = True) -> Path:
+def fakes(
+    folder: Path, *, version: str | None = "0.32.0", front: str = FRONT, model: bool = True
+) -> Path:
     """A folder with a fake ``vllm`` and a fake ``vllm_model``."""
     files = {
         "vllm/__init__.py": VLLM.format(version=version),
@@ -121,6 +126,93 @@ def test_off_leaves_the_builtin_and_says_so(tmp_path: Path, value: str):
     assert "OPTIONS {'Other': 'builtins'}" in done.stdout
     assert "SERVES Lfm2MoeForCausalLM vllm.model_executor.models.lfm2_moe" in done.stdout
     assert "INFO vllm.plugins.lfm2 LFM2_PLUGIN=off" in done.stdout
+
+
+TURN = """
+import os, sys
+from types import ModuleType
+from lfm2_plugin.register import ARCHITECTURE, register_vllm
+LOADER = "vllm.model_executor.model_loader.utils"
+sys.modules[LOADER] = loader = ModuleType(LOADER)
+{built}
+import vllm
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP as options
+
+class Theirs:
+    def verify_and_update_model_config(config): print("THEIRS", config)
+    def verify_and_update_config(config): print("THEIRS", config)
+options[ARCHITECTURE] = Theirs
+
+def look():
+    entry = vllm.ModelRegistry.models[ARCHITECTURE]
+    options[ARCHITECTURE].verify_and_update_model_config(1)
+    options[ARCHITECTURE].verify_and_update_config(2)
+    print("SERVES", getattr(entry.now, "module_name", "stub"), len(loader.__dict__.get("_MODEL_ARCH_BY_HASH", ())))
+    return hash(entry)
+seen = []
+for value in ("{values}").split():
+    os.environ["LFM2_PLUGIN"] = value
+    register_vllm()
+    try:
+        seen.append(look())
+    except Exception as error:
+        print("REFUSED", error)
+print("HASHES", len(set(seen)))
+"""
+OPTIONS = """
+class Lfm2MoeOptions:
+    @staticmethod
+    def verify_and_update_model_config(config): print("OURS", config)
+    @staticmethod
+    def verify_and_update_config(config): print("OURS", config)
+"""
+ANSWERS = ("REFUSED", "SERVES", "THEIRS")
+OURS, BUILTIN = "vllm_model.model", "vllm.model_executor.models.lfm2_moe"
+
+
+def turned(folder: Path, values: str, built: str = "loader._MODEL_ARCH_BY_HASH = {1: object}"):
+    """What vLLM is told after each of the values of LFM2_PLUGIN, in one process."""
+    (fakes(folder) / "vllm_model" / "options.py").write_text(OPTIONS)
+    done = call(folder, TURN.replace("{values}", values).replace("{built}", built))
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if not line.startswith(("INFO", "ERROR"))]
+
+
+def test_the_switch_holds_for_each_engine_of_one_process(tmp_path: Path):
+    """On, off, on: model, options and what vLLM keeps of classes built before."""
+    assert turned(tmp_path, "on off on") == [
+        *("OURS 1", "OURS 2", f"SERVES {OURS} 1"),
+        *("THEIRS 1", "THEIRS 2", f"SERVES {BUILTIN} 0"),
+        *("OURS 1", "OURS 2", f"SERVES {OURS} 0"),
+        "HASHES 2",  # vLLM keeps answers by it
+    ]
+
+
+def test_so_it_does_from_off(tmp_path: Path):
+    assert turned(tmp_path, "off on") == [
+        *("THEIRS 1", "THEIRS 2", f"SERVES {BUILTIN} 1"),
+        *("OURS 1", "OURS 2", f"SERVES {OURS} 0"),
+        "HASHES 2",
+    ]
+
+
+def test_a_vllm_whose_kept_classes_are_out_of_reach_refuses_the_change(tmp_path: Path):
+    first, second, _ = [line for line in turned(tmp_path, "on off", built="") if line != "OURS 1"][
+        1:
+    ]
+    assert first == f"SERVES {OURS} 0"
+    assert "REFUSED lfm2-plugin can't serve" in second
+    assert "start a new process" in second
+
+
+def test_a_model_that_can_not_serve_gives_way_to_the_builtin(tmp_path: Path):
+    """Registration failed with the switch on; turned off, no stub of it is in the way."""
+    folder = fakes(tmp_path)
+    (folder / "vllm_model" / "__init__.py").write_text("raise ImportError('libbroken.so')")
+    done = call(folder, TURN.replace("{values}", "on off").replace("{built}", ""))
+    lines = [line for line in done.stdout.splitlines() if line.startswith(ANSWERS)]
+    assert "libbroken.so" in lines[0]
+    assert lines[1:] == ["THEIRS 1", "THEIRS 2", f"SERVES {BUILTIN} 0"]
 
 
 def test_a_switch_that_is_neither_on_nor_off(monkeypatch: pytest.MonkeyPatch):
@@ -202,6 +294,32 @@ def test_newer_is_registered_with_one_warning(tmp_path: Path):
     warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
     assert len(warnings) == 1
     assert "vLLM 0.34.0 is newer than 0.33.0" in warnings[0]
+
+
+def test_a_vllm_that_tells_no_version_refuses_our_architecture_alone(tmp_path: Path):
+    done = call(fakes(tmp_path, version=None))
+    assert done.returncode == 0, done.stderr
+    assert all("TypeError" in line for line in refusals(done.stdout))
+
+
+def test_a_vllm_with_other_tables_refuses_our_architecture_alone(tmp_path: Path):
+    """Nothing that registration meets may stop vLLM for other models."""
+    folder = fakes(tmp_path)
+    with (folder / "vllm" / "__init__.py").open("a") as file:
+        file.write("""
+class Registry:
+    def register_model(self, arch, cls): self.stub = cls
+ModelRegistry = Registry()
+""")
+    code = """
+from lfm2_plugin.register import register_vllm
+register_vllm()
+import vllm
+vllm.ModelRegistry.stub(vllm_config=None)
+"""
+    done = call(folder, code)
+    assert "PluginError: lfm2-plugin can't serve" in done.stderr
+    assert "has no attribute 'models'" in done.stderr
 
 
 def test_a_broken_front_refuses_our_architecture_alone(tmp_path: Path):

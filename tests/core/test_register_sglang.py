@@ -12,7 +12,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FRONT = 'SUPPORTED = ("0.5.22", "0.5.23")\n'
-DEFAULTS = "def declare(): print('DECLARED')\n"
+DEFAULTS = "def declare(): print('DECLARED')\ndef withdraw(): print('WITHDRAWN')\n"
+HOOKS = """
+STEPS = {}
+def register_resolution_hook(name):
+    def keep(hook):
+        assert name not in STEPS
+        STEPS[name] = hook
+    return keep
+"""
 MODEL = "class Lfm2MoeForCausalLM:\n    def __init__(self, config): pass\n"
 REGISTRY = """
 class Registry:
@@ -45,6 +53,7 @@ def fakes(folder: Path, **files: str) -> Path:
         "sglang/__init__.py": "",
         "sglang/version.py": '__version__ = "0.5.23"\n',
         "sglang/srt/models/registry.py": REGISTRY,
+        "sglang/srt/arg_groups/resolution_hooks.py": HOOKS,
         "sglang_model/__init__.py": FRONT,
         "sglang_model/defaults.py": DEFAULTS,
         "sglang_model/model.py": MODEL,
@@ -88,6 +97,65 @@ def test_a_package_of_the_users_own_stays(tmp_path: Path):
     said = call(fakes(tmp_path), SGLANG_EXTERNAL_MODEL_PACKAGE="theirs")
     assert "PACKAGE theirs" in said
     assert "ASKED sglang_model.entry True True" in said
+
+
+INHERITED = {"SGLANG_EXTERNAL_MODEL_PACKAGE": "sglang_model.entry"}  # from a parent that served
+ENTRY = """
+import importlib
+entry = importlib.import_module("sglang_model.entry.lfm2_moe")
+print("ENTRY", getattr(entry, "EntryClass", None))
+"""
+
+
+def test_off_undoes_what_was_inherited(tmp_path: Path):
+    said = call(fakes(tmp_path), SERVE + ENTRY, LFM2_PLUGIN="off", **INHERITED)
+    assert "PACKAGE none" in said
+    assert "ENTRY None" in said
+
+
+def test_a_child_without_the_plugin_finds_nothing_in_what_it_inherited(tmp_path: Path):
+    """As with SGLANG_PLUGINS: SGLang's registry imports the package, the plugin was not called."""
+    assert call(fakes(tmp_path), ENTRY, **INHERITED) == "ENTRY None\n"
+
+
+# As each engine of a process does: the plugin is called once, the steps of the options for each engine.
+TURN = """
+import os
+from lfm2_plugin.register import register_sglang, serves_in_sglang, sglang_failure
+for engine, value in enumerate("{}".split()):
+    os.environ["LFM2_PLUGIN"] = value
+    if engine == 0:
+        register_sglang()
+    from sglang.srt.arg_groups.resolution_hooks import STEPS
+    (step,) = STEPS.values()
+    step(engine, lambda options: print("OPTIONS", options))
+    package = os.environ.get("SGLANG_EXTERNAL_MODEL_PACKAGE", "none")
+    print("SERVES", serves_in_sglang(), package, sglang_failure())
+"""
+
+
+def test_the_switch_holds_for_each_engine_of_one_process(tmp_path: Path):
+    ours, theirs = "SERVES True sglang_model.entry None", "SERVES False none None"
+    assert call(fakes(tmp_path), TURN.format("on off on")).splitlines() == [
+        *("DECLARED", "OPTIONS 0", ours),
+        *("WITHDRAWN", "OPTIONS 1", theirs),
+        *("DECLARED", "OPTIONS 2", ours),
+    ]
+
+
+def test_so_it_does_from_off_and_past_a_value_not_understood(tmp_path: Path):
+    said = call(fakes(tmp_path), TURN.format("off maybe off on")).splitlines()
+    served = [line for line in said if line.startswith("SERVES")]
+    assert served[0] == served[2] == "SERVES False none None"
+    assert "'maybe' is not understood" in served[1]
+    assert served[3] == "SERVES True sglang_model.entry None"
+
+
+def test_a_sglang_without_that_step_says_that_the_switch_is_fixed(tmp_path: Path):
+    hooks = "def register_resolution_hook(name): raise ValueError(f'no step {name}')\n"
+    said = call(fakes(tmp_path, **{"sglang/srt/arg_groups/resolution_hooks.py": hooks}))
+    assert "BUILT sglang_model.model" in said
+    assert "LFM2_PLUGIN can't be changed within this process, with this SGLang: no step" in said
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,21 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lfm2_plugin.cli.server import ServerFailed
 from lfm2_plugin.register import ARCHITECTURE, SGLANG_CLASS
+from lfm2_plugin.switch import PluginError
+from sglang_model import registration
+from sglang_model.config import Lfm2MoeConfig
+from sglang_model.engine_api import HuggingFaceConfig
 from tests.engine_common.checkpoints import checkpoint
 from tests.engine_common.engines import BUILTIN, search_path
 from tests.engine_common.references import assert_same, cases
@@ -51,14 +57,99 @@ def test_our_class_and_no_other_and_once():
     assert answer["changed by a second call"] == []
 
 
+# What a process that has served with ours leaves to its children.
+INHERITED = {"SGLANG_EXTERNAL_MODEL_PACKAGE": "sglang_model.entry"}
+
+
 @pytest.mark.parametrize(
-    "switch", [BUILTIN, {"SGLANG_PLUGINS": "another"}], ids=["off", "not among the plugins"]
+    "switch",
+    [
+        pytest.param(BUILTIN | INHERITED, id="off"),
+        pytest.param({"SGLANG_PLUGINS": "another"} | INHERITED, id="not among the plugins"),
+        matrix(BUILTIN, id="off, nothing inherited"),
+    ],
 )
 def test_switched_off_the_builtin_serves(server, switch):
     """In a process that has our CPU platform: without it SGLang can't be imported here."""
     answer = server.run("registration_jobs:resolve", env=switch).get()
     assert answer["module"] == "sglang.srt.models.lfm2_moe"
     assert answer["changed"] == answer["added"] == []
+
+
+def test_another_platform_leaves_the_plugin_out(server):
+    """SGLang's rule, which one distribution can't get round. The day it serves, docs and doctor can be shortened."""
+    answer = server.run("registration_jobs:resolve", env={"SGLANG_PLATFORM": "another"}).get()
+    assert answer["module"] == "sglang.srt.models.lfm2_moe"
+
+
+def test_the_switch_holds_for_each_engine_of_one_process(server):
+    values, model = ["on", "off", "on"], str(checkpoint("small"))
+    found = server.run("registration_jobs:turn", model=model, values=values).get()
+    ours = {
+        "config": "sglang_model.config",
+        "asked": True,
+        "class": "sglang_model.model",
+        "left behind": "sglang_model.entry",
+    }
+    builtin = {
+        "config": "sglang.srt.configs.lfm2_moe",
+        "asked": False,
+        "class": "sglang.srt.models.lfm2_moe",
+        "left behind": None,
+    }
+    assert found == [ours, builtin, ours]
+
+
+def test_operators_that_can_not_run_are_refused_while_options_are_settled(server):
+    choices, model = ["foo", "triton", "naive"], str(checkpoint("small"))
+    job = "registration_jobs:refusals"
+    foo, triton, naive = server.run(job, model=model, choices=choices).get()
+    assert "LFM2_PLUGIN_OPS=foo is unknown. Set it to one of auto, naive, native" in foo
+    assert "LFM2_PLUGIN_OPS=triton" in triton
+    assert naive is None
+
+
+@pytest.mark.parametrize("damage", [None, "hooked"])
+def test_what_is_replaced_takes_its_place(server, damage):
+    answer = server.run("registration_jobs:replaced", damage=damage).get()
+    assert answer == {"class": True, "function": "ours"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("taken", "sglang.srt.lora.lora_manager.LoRAManager, and SGLang runs"),
+        ("taken function", "allocation.assign_req_to_token_pool_func, and SGLang runs"),
+        ("gone", "LoRAManagerGone, and SGLang .* has no such thing"),
+    ],
+)
+def test_what_does_not_take_its_place_is_an_error(server, damage, words):
+    """SGLang logs it, or nothing, and goes on."""
+    outcome = server.run("registration_jobs:replaced", damage=damage)
+    assert re.search(f"PluginError: lfm2-plugin can't serve this: .* {words}", outcome.error or "")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("config", "it read config.json as transformers.*Lfm2MoeConfig"),
+        ("spec", "it would keep conv states by elsewhere.Backend"),
+        ("options", "it did not ask the plugin while it resolved its options"),
+    ],
+)
+def test_what_sglang_did_not_take_is_an_error_of_our_model(monkeypatch, damage, words):
+    spec = "elsewhere.Backend" if damage == "spec" else registration.STATE_BACKEND
+    decided = [] if damage == "options" else [("lfm2-plugin", {})]
+    config = HuggingFaceConfig() if damage == "config" else Lfm2MoeConfig()
+    found, args = (
+        SimpleNamespace(backend_class_name=spec),
+        SimpleNamespace(_resolved_overrides=decided),
+    )
+    monkeypatch.setattr(registration, "get_linear_attn_spec", lambda config: found)
+    monkeypatch.setattr(registration, "get_server_args", lambda: args)
+    with pytest.raises(PluginError, match=words) as error:
+        registration.check_registration(config)
+    assert ";" not in str(error.value).partition(": ")[2].partition(". Is")[0], "and nothing else"
 
 
 def test_one_log_line_says_who_serves(run):
