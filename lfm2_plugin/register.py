@@ -185,7 +185,11 @@ def register_sglang() -> None:
 
 
 def _before_sglangs_options(server_args: Any, previous: Callable[[Any], None]) -> None:
-    _sglang.follow_switch()
+    """Of any model, so nothing is raised here either."""
+    try:
+        _sglang.follow_switch()
+    except Exception:
+        _sglang_log.exception("lfm2-plugin can't follow %s", SWITCH)
     previous(server_args)
 
 
@@ -193,9 +197,8 @@ class _Sglang:
     """What this process has told SGLang."""
 
     def __init__(self) -> None:
-        self.off: bool | None = (
-            None  # as the switch was last followed; None before, and after a failure
-        )
+        # What the switch was when it was last followed; None before that, and after a failure.
+        self.off: bool | None = None
         self.failure: Exception | None = None
         self.serves = False
         self.watching = False

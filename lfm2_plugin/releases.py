@@ -42,9 +42,10 @@ def check_release(
 def _release(version: str) -> tuple[int, int, int] | None:
     """The numbers of a version: ``0.33.1.dev7+gabc`` -> (0, 33, 1); None where it has none that mean anything.
 
-    ``0.1.dev7+gabc`` is what setuptools-scm calls a source tree without tags, of whatever release.
+    ``0.1.dev7+gabc`` is what setuptools-scm calls a source tree without tags, of whatever release, and ``0.0.0.dev0``
+    what SGLang calls one that it can't ask.
     """
-    if re.match(r"0\.1\.dev\d", version):
+    if re.match(r"0\.(1|0\.0)\.dev\d", version):
         return None
     found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
     return (int(found[1]), int(found[2]), int(found[3] or 0)) if found else None

@@ -57,12 +57,12 @@ def settle_memory(server_args: Any, previous: Callable[[Any], None]) -> None:
         UnsupportedConfig: the model's configuration is not one of LFM2-MoE.
         ImpossibleChoice: ``LFM2_PLUGIN_OPS`` asks for what can't run here.
     """
-    from .support import check_operators  # and with it the layers that it asks about
-
     previous(server_args)
     model = model_config_of(server_args)
     if not isinstance(model.hf_config, Lfm2MoeConfig):
         return
+    from .support import check_operators  # imports layers, which no other model's launcher needs
+
     state_dtype = conv_state_dtype_of_user() or model.dtype
     options = resolving_view(server_args)
     check_operators(options)

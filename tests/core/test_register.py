@@ -358,6 +358,7 @@ def test_releases_inside_the_range(version: str):
         ("1.0", "newer than 0.33.0"),
         ("dev", "no release number"),
         ("0.1.dev16384+g0123abc", "no release number"),
+        ("0.0.0.dev0", "no release number"),
     ],
 )
 def test_releases_that_are_warned_of(version: str, text: str):

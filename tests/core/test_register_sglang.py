@@ -194,6 +194,17 @@ def test_a_newer_release_is_served_with_a_warning(tmp_path: Path, version: str, 
     assert (f"SGLang {version} is newer than 0.5.23" in said) == warned
 
 
+def test_a_source_tree_without_a_version_is_served_with_a_warning(tmp_path: Path):
+    said = call(fakes(tmp_path, **{"sglang/version.py": "__version__ = '0.0.0.dev0'\n"}))
+    assert "BUILT sglang_model.model" in said
+    assert "SGLang '0.0.0.dev0' has no release number" in said
+
+
+def test_a_sglang_that_tells_no_version_is_refused_by_the_class(tmp_path: Path):
+    said = call(fakes(tmp_path, **{"sglang/version.py": "__version__ = None\n"}))
+    assert "REFUSED lfm2-plugin can't serve Lfm2MoeForCausalLM: TypeError" in said
+
+
 PLATFORM = "from lfm2_plugin.register import sglang_cpu_platform; print(sglang_cpu_platform())"
 TORCH = "class accelerator:\n    is_available = staticmethod(lambda: {})\n"
 

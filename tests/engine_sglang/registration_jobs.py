@@ -54,8 +54,11 @@ def settled(model: str) -> ServerArgs:
     return options
 
 
-def answer(queue: Any) -> None:
-    queue.put(resolve_sglang()["module"])
+def offered(answers: Any) -> None:
+    """What SGLang's registry would find of ours, in a worker of this process."""
+    entry = importlib.import_module("sglang_model.entry.lfm2_moe")
+    found = getattr(entry, "EntryClass", None)
+    answers.put(found and found.__module__)
 
 
 def turn(model: str, values: list[str]) -> list[dict[str, Any]]:
@@ -69,7 +72,7 @@ def turn(model: str, values: list[str]) -> list[dict[str, Any]]:
         config = type(model_config_of(options).hf_config)
         context = multiprocessing.get_context("fork")
         answers = context.SimpleQueue()
-        worker = context.Process(target=answer, args=[answers])
+        worker = context.Process(target=offered, args=[answers])
         worker.start()
         found.append(
             {

@@ -1,6 +1,7 @@
 """The room that imports SGLang: what it probes, its table of names, and a step's metadata as a ConvBatch."""
 
 import ast
+import pkgutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from sglang_model import engine_api
-from sglang_model.engine_names import NAMES
+from sglang_model.engine_names import NAMES, REPLACED
 
 PACKAGE = Path(engine_api.__file__).parent
 
@@ -29,6 +30,11 @@ def test_a_missing_capability_is_named(monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_is_there(name: str):
     assert getattr(engine_api, name) is not None
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_all_that_is_replaced_is_there(name: str):
+    assert callable(pkgutil.resolve_name(REPLACED[name]))
 
 
 def test_another_name_is_not():

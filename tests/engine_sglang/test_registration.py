@@ -1,5 +1,6 @@
 """The plugin in the real SGLang: which class serves, what the switches do, and what a broken installation does."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 
 from lfm2_plugin.cli.server import ServerFailed
+from lfm2_plugin.dispatch import ImpossibleChoice
 from lfm2_plugin.register import ARCHITECTURE, SGLANG_CLASS
 from lfm2_plugin.switch import PluginError
-from sglang_model import registration
+from sglang_model import registration, support
 from sglang_model.config import Lfm2MoeConfig
 from sglang_model.engine_api import HuggingFaceConfig
 from tests.engine_common.checkpoints import checkpoint
@@ -94,7 +96,7 @@ def test_the_switch_holds_for_each_engine_of_one_process(server):
     builtin = {
         "config": "sglang.srt.configs.lfm2_moe",
         "asked": False,
-        "class": "sglang.srt.models.lfm2_moe",
+        "class": None,  # SGLang keeps its own
         "left behind": None,
     }
     assert found == [ours, builtin, ours]
@@ -107,6 +109,18 @@ def test_operators_that_can_not_run_are_refused_while_options_are_settled(server
     assert "LFM2_PLUGIN_OPS=foo is unknown. Set it to one of auto, naive, native" in foo
     assert "LFM2_PLUGIN_OPS=triton" in triton
     assert naive is None
+
+
+@pytest.mark.parametrize(("backend", "refused"), [("full", True), ("disabled", False)])
+def test_operators_that_read_back_are_refused_where_decodes_are_captured(
+    monkeypatch, backend, refused
+):
+    monkeypatch.setenv("LFM2_PLUGIN_OPS", "native")
+    graphs = SimpleNamespace(decode=SimpleNamespace(backend=backend))
+    options = SimpleNamespace(device="cuda", cuda_graph_config=graphs)
+    expected = pytest.raises(ImpossibleChoice, match="--disable-cuda-graph")
+    with expected if refused else contextlib.nullcontext():
+        support.check_operators(options)
 
 
 @pytest.mark.parametrize("damage", [None, "hooked"])

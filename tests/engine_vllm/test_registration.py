@@ -4,16 +4,20 @@ Each case runs in a child of a process that has imported vLLM, and loads the plu
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import LlamaConfig
 from vllm import __version__ as vllm_version
+from vllm.config import CUDAGraphMode
 
+from lfm2_plugin.dispatch import ImpossibleChoice
 from lfm2_plugin.register import ARCHITECTURE, VLLM_CLASS
 from tests.engine_common.checkpoints import checkpoint
 from tests.engine_common.engines import Outcome
 from tests.engine_common.references import assert_same, cases
 from tests.tiny import make_config
+from vllm_model import engine_api, support
 
 pytestmark = pytest.mark.engine
 
@@ -125,6 +129,34 @@ def test_operators_that_can_not_run_are_refused_before_any_process_starts(server
     assert "unset LFM2_PLUGIN_OPS" in triton["error"].replace("Unset", "unset")
     assert naive["error"] is None
     assert foo["processes"] == triton["processes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "eager", "gpu", "whole"),
+    [
+        (None, False, True, True),  # not settled yet: the default has them
+        (CUDAGraphMode.FULL_AND_PIECEWISE, False, True, True),
+        (CUDAGraphMode.FULL_DECODE_ONLY, False, True, True),
+        (CUDAGraphMode.PIECEWISE, False, True, False),
+        (CUDAGraphMode.NONE, False, True, False),
+        (None, True, True, False),
+        (None, False, False, False),
+    ],
+)
+def test_operators_that_read_back_are_refused_where_whole_steps_are_captured(
+    monkeypatch: pytest.MonkeyPatch, mode, eager: bool, gpu: bool, whole: bool
+):
+    monkeypatch.setenv("LFM2_PLUGIN_OPS", "native")
+    monkeypatch.setattr(engine_api, "captures_graphs", lambda: gpu)
+    monkeypatch.setattr(support, "device_type", lambda: "cuda" if gpu else "cpu")
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_mode=mode),
+        model_config=SimpleNamespace(enforce_eager=eager),
+        parallel_config=None,
+    )
+    refusal = ImpossibleChoice if whole else AttributeError  # the checks that come next
+    with pytest.raises(refusal, match="reads values back" if whole else "tensor_parallel_size"):
+        support.check_support(None, config)
 
 
 # A front for which this vLLM is too old, in every process.
