@@ -84,13 +84,20 @@ class Lfm2ShortConv(nn.Module):
         return out
 
     def _step(self) -> tuple[ConvStepMetadata, torch.Tensor] | None:
-        """This step's metadata and state (slots, D, L), or None in a profiling or dummy run."""
+        """This step's metadata and state (slots, D, L), or None in a profiling or dummy run.
+
+        Raises:
+            RuntimeError: a step that has metadata, but none for this layer's page.
+        """
         context = get_forward_context()
         if context.attn_metadata is None:
             return None
         metadata = context.attn_metadata.get(self.page_name)
         if metadata is None:
-            return None
+            raise RuntimeError(
+                f"{self.prefix}: vLLM runs a step without metadata for {self.page_name}, which holds this layer's "
+                "state. Report this with the output of `lfm2 doctor`: the convolution can't be computed."
+            )
         page = context.no_compile_layers[self.page_name]
         return metadata, page.state(self.page_index)
 

@@ -36,10 +36,15 @@ def run(server):
 
 
 @pytest.fixture(scope="module")
-def interpreting_run(tmp_path_factory, suite: Suite):
-    """As ``run``, of engines whose process has had Triton's interpreter since it imported Triton."""
-    for server in started(tmp_path_factory, suite, **interpreted.ENV):
-        yield runner(server)
+def interpreting_server(tmp_path_factory, suite: Suite):
+    """As ``server``, of a process that has had Triton's interpreter since it imported Triton."""
+    yield from started(tmp_path_factory, suite, **interpreted.ENV)
+
+
+@pytest.fixture(scope="module")
+def interpreting_run(interpreting_server):
+    """As ``run``, of engines in Triton's interpreter."""
+    return runner(interpreting_server)
 
 
 def started(tmp_path_factory, suite: Suite, **env: str) -> Iterator[EngineServer]:

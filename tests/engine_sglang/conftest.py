@@ -8,6 +8,7 @@ let_torchvision_import()  # transformers imports it where it is installed, and h
 from tests.engine_common.engine_fixtures import (  # noqa: E402
     Suite,
     interpreting_run,  # noqa: F401
+    interpreting_server,  # noqa: F401
     run,  # noqa: F401
     server,  # noqa: F401
 )

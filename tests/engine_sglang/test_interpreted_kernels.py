@@ -16,3 +16,11 @@ def test_tokens(interpreting_run):
     assert_same_beginnings(first, prompts)
     assert_same_beginnings(second, prompts)
     assert kernels == ["router", "short_conv"]
+
+
+def test_the_default_convolution_is_the_naive_one(interpreting_server):
+    """Decodes, extensions, snapshots, sequences that aren't there: ``gpu_path_jobs``."""
+    env = {"LFM2_PLUGIN_OPS": "auto"}
+    found = interpreting_server.run("gpu_path_jobs:default_path", env=env).get()
+    assert len(found) >= 11
+    assert {name: said for name, said in found.items() if said != "equal"} == {}

@@ -1,6 +1,7 @@
 """vLLM's real steps through kernels for GPUs, in Triton's interpreter: the reference's tokens.
 
-The kernels are ours and those of vLLM's runners: V1, which all other tests have, and V2, the default on GPUs.
+The kernels are ours and those of vLLM's runners: V1, which all other tests have, and V2, the default on GPUs. Of the
+default way on a GPU, which has vLLM's kernels for the convolution, a layer alone runs.
 """
 
 import pytest
@@ -13,6 +14,7 @@ pytestmark = pytest.mark.engine
 
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 RUNNERS = {"V1": "0", "V2": "1"}
+DEFAULT_OPS = {"LFM2_PLUGIN_OPS": "auto"}
 MODES = {
     # Chunks beside decodes, and checkpoints for the prefix cache, which the second round finds.
     "prefix cache, chunked": {
@@ -71,3 +73,19 @@ def test_drafts_beside_the_prefix_cache(interpreting_run, runner):
     assert_same(second, prompts)
     assert any(out["cached"] for out in second)
     assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 20
+
+
+def test_the_default_convolution_is_the_naive_one(interpreting_server):
+    """Decodes, prefills, both, checkpoints, drafts, padding: ``gpu_path_jobs.CASES``."""
+    found = interpreting_server.run("gpu_path_jobs:default_path", env=DEFAULT_OPS).get()
+    assert len(found) >= 15
+    assert {name: said for name, said in found.items() if said != "equal"} == {}
+
+
+def test_a_step_that_leaves_out_a_layers_state_is_an_error(interpreting_server):
+    """Not zeros, which only a step without any metadata has: vLLM measures its memory by those."""
+    said = interpreting_server.run("gpu_path_jobs:missing_page", env=DEFAULT_OPS).get()
+    assert set(said) == {"forward_native", "forward_cuda"}
+    for text in said.values():
+        assert "model.layers.3.short_conv" in text
+        assert "model.layers.2.conv_state" in text
