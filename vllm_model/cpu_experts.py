@@ -107,10 +107,11 @@ class CpuExpertsMethod(UnquantizedFusedMoEMethod):
         *args: object,
         **kwargs: object,
     ) -> torch.Tensor:
-        weights, ids = on_this_rank(
-            topk_weights, topk_ids, layer.expert_map, layer.local_num_experts
-        )
-        return super().apply(layer, x, weights, ids, *args, **kwargs)
+        if not self.moe.is_lora_enabled:  # our kernel maps the ids by itself
+            topk_weights, topk_ids = on_this_rank(
+                topk_weights, topk_ids, layer.expert_map, layer.local_num_experts
+            )
+        return super().apply(layer, x, topk_weights, topk_ids, *args, **kwargs)
 
 
 class CpuRoutedExperts(RoutedExperts):
