@@ -48,7 +48,7 @@ from .engine_api import (
 )
 from .feed_forward import Lfm2MoeExperts, Lfm2MoeMlp
 from .short_conv import Lfm2ShortConv
-from .support import check_support
+from .support import check_support, named_without_kernel
 from .weights import LORA_NAMES, check_files, load_weights
 
 logger = init_logger("vllm.lfm2_plugin")
@@ -208,7 +208,8 @@ class Lfm2MoeForCausalLM(
         self.vllm_config = vllm_config
         # Dummy weights are never loaded, so the first load that comes may be a partial update.
         self.weights_loaded = vllm_config.load_config.load_format == "dummy"
-        self.model = Lfm2MoeModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        with named_without_kernel(vllm_config.quant_config):
+            self.model = Lfm2MoeModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
                 arch.vocab_size,

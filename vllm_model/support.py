@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from lfm2_plugin.arch import Lfm2MoeArch
 from lfm2_plugin.dispatch import check_choice
 
 from .engine_api import (
     SUPPORTED,
+    QuantizationConfig,
     VllmConfig,
     captures_whole_steps,
     device_type,
@@ -68,6 +72,25 @@ def check_support(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
             "its runner copies the states with Triton kernels. Add --no-enable-prefix-caching "
             "(enable_prefix_caching=False), or leave out --speculative-config."
         )
+
+
+@contextmanager
+def named_without_kernel(quant_config: QuantizationConfig | None) -> Iterator[None]:
+    """Say of which quantisation there is no kernel on this machine, where vLLM says it of a layer only.
+
+    Raises:
+        ValueError: in place of vLLM's, with what to do.
+    """
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        if quant_config is None or "find a kernel" not in str(error):
+            raise
+        reasons = " ".join(str(error).split()).rstrip(". ")
+        raise ValueError(
+            f"vLLM has no kernel on this machine for weights quantised by {quant_config.get_name()!r} as this "
+            f"checkpoint's are ({reasons}). Serve the unquantised checkpoint, or use a GPU."
+        ) from error
 
 
 def _check_stages(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:

@@ -251,6 +251,113 @@ REFUSED: dict[str, Brought] = {
 }
 
 
+def in_format(make: Callable[[int, int], dict[str, torch.Tensor]]) -> Callable[[Tensors], None]:
+    """Every projection, dense matrix and expert in a format, by (rows, columns); the numbers are never reached."""
+
+    def change(tensors: Tensors) -> None:
+        for name in [
+            n
+            for n in tensors
+            if n.endswith("_proj.weight") or ".feed_forward.w" in n or ".experts." in n
+        ]:
+            module, (rows, columns) = name.removesuffix(".weight"), tensors.pop(name).shape
+            tensors |= {f"{module}.{last}": tensor for last, tensor in make(rows, columns).items()}
+
+    return change
+
+
+def gptq(rows: int, columns: int) -> Tensors:
+    return {
+        "qweight": torch.zeros(columns // 8, rows, dtype=torch.int32),
+        "qzeros": torch.zeros(columns // 32, rows // 8, dtype=torch.int32),
+        "scales": torch.ones(columns // 32, rows, dtype=torch.float16),
+        "g_idx": (torch.arange(columns) // 32).int(),
+    }
+
+
+def awq(rows: int, columns: int) -> Tensors:
+    return {
+        "qweight": torch.zeros(columns, rows // 8, dtype=torch.int32),
+        "qzeros": torch.zeros(columns // 32, rows // 8, dtype=torch.int32),
+        "scales": torch.ones(columns // 32, rows, dtype=torch.float16),
+    }
+
+
+def nvfp4(rows: int, columns: int) -> Tensors:
+    return {
+        "weight": torch.zeros(rows, columns // 2, dtype=torch.uint8),
+        "weight_scale": torch.ones(rows, columns // 16).to(torch.float8_e4m3fn),
+        "weight_scale_2": torch.ones(()),
+        "input_scale": torch.ones(()),
+    }
+
+
+def fp8_block(rows: int, columns: int) -> Tensors:
+    return {
+        "weight": torch.zeros(rows, columns).to(torch.float8_e4m3fn),
+        "weight_scale_inv": torch.ones(-(-rows // 128), -(-columns // 128)),
+    }
+
+
+def bitsandbytes(rows: int, columns: int) -> Tensors:
+    return {
+        "weight": torch.zeros(rows * columns // 2, 1, dtype=torch.uint8),
+        "weight.absmax": torch.ones(rows * columns // 64),
+        "weight.quant_map": torch.zeros(16),
+    }
+
+
+def method(name: str, **settings: Any) -> dict[str, Any]:
+    return {"quantization_config": {"quant_method": name, **settings}}
+
+
+GROUPS = {"bits": 4, "group_size": 32}
+FORMATS: dict[str, Brought] = {
+    "GPTQ": Brought(
+        in_format(gptq), method("gptq", desc_act=False, sym=True, **GROUPS), refused=("gptq",)
+    ),
+    "AWQ": Brought(
+        in_format(awq),
+        method(
+            "awq",
+            zero_point=True,
+            version="gemm",
+            modules_to_not_convert=["feed_forward.gate"],
+            **GROUPS,
+        ),
+        refused=("awq",),
+    ),
+    "NVFP4 of ModelOpt": Brought(
+        in_format(nvfp4),
+        method(
+            "modelopt", quant_algo="NVFP4", ignore=["lm_head", "model.layers.*.feed_forward.gate"]
+        ),
+        refused=("modelopt",),
+    ),
+    "FP8 by blocks": Brought(
+        in_format(fp8_block),
+        method(
+            "fp8",
+            activation_scheme="dynamic",
+            weight_block_size=[128, 128],
+            modules_to_not_convert=["lm_head", "model.layers.1.feed_forward.gate"],
+        ),
+        refused=("fp8",),
+    ),
+    "bitsandbytes": Brought(
+        in_format(bitsandbytes),
+        method("bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        refused=("bitsandbytes",),
+    ),
+    "torchao": Brought(
+        config=method(
+            "torchao", quant_type={"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}
+        ),
+        refused=("torchao",),
+    ),
+}
+"""Formats that have no kernels on a CPU, or that aren't supported at all; the error names the method."""
+
 CONV = "model.layers.0.conv"
 NO_CONV: dict[str, Brought] = {
     way: Brought(

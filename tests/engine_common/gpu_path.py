@@ -13,7 +13,7 @@ from tests.tolerances import assert_within
 
 
 def checked(run: Callable[..., None], case: Case, step: tuple) -> str:
-    """"equal", or what isn't: outputs within the table's bound, states to the bit, in slots of no sequence too.
+    """ "equal", or what isn't: outputs within the table's bound, states to the bit, in slots of no sequence too.
 
     The null slot is left out, which engines write as they like and never read. Of the rows of a sequence in it, which
     are read by nobody either, it is asked only that they were written.
@@ -56,4 +56,6 @@ def compare(outs: list[torch.Tensor], states: list[torch.Tensor], batch: ConvBat
         for slot in range(state.shape[0])
         if slot != batch.null_slot and not same_bits(state[slot], expected_state[slot])
     ]
-    assert not differing, f"states differ in the slots {differing}; sequences are in {batch.slots.tolist()}"
+    assert not differing, (
+        f"states differ in the slots {differing}; sequences are in {batch.slots.tolist()}"
+    )

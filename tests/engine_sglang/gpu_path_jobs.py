@@ -34,7 +34,9 @@ def default_path() -> dict[str, str]:
 
     In float32, and decodes in bfloat16 too: of that dtype SGLang has a kernel for the whole operator.
     """
-    found = {case.name: checked(run, case, step_of(case, torch.float32)) for case in DECODES + EXTENDS}
+    found = {
+        case.name: checked(run, case, step_of(case, torch.float32)) for case in DECODES + EXTENDS
+    }
     gpu_conv.can_dispatch_fused_lfm_short_conv = lambda *_: True  # on a GPU it asks for an H100
     for case in DECODES:
         if case.width == 3:

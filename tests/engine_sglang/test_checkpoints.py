@@ -3,7 +3,7 @@
 import pytest
 
 from tests.engine_common import broken, brought
-from tests.engine_common.brought import PLAIN, REFUSED, SOURCE
+from tests.engine_common.brought import FORMATS, PLAIN, REFUSED, SOURCE
 from tests.engine_common.references import assert_same, cases, clear_cases
 from tests.engine_sglang.test_bad_input import ENGINE, LONG_WORK
 from tests.tiers import matrix
@@ -36,6 +36,18 @@ def test_refused(run, tmp_path, name):
     )  # said before the files are looked at
     assert kernels or broken.unsaid(REFUSED[name].refused, text) == []
     assert kernels == ("quantization_config" in (REFUSED[name].config or {}))
+
+
+@pytest.mark.parametrize("name", some(FORMATS, []))
+def test_formats_without_kernels(run, tmp_path, name):
+    folder = FORMATS[name].make(tmp_path / "model")
+    text = broken.refused(run, folder, {**ENGINE, "dtype": "bfloat16"}, LONG_WORK)
+    assert (
+        broken.unsaid(
+            (*FORMATS[name].refused, "no kernel|not supported|Unknown quantization method"), text
+        )
+        == []
+    )
 
 
 def test_another_head_under_a_tied_config(run, tmp_path):

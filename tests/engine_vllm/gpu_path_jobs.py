@@ -60,7 +60,7 @@ def step_of(case: Case) -> tuple:
 
 def missing_page() -> dict[str, str]:
     """What a step says, by operator, whose metadata has other layers' pages and not this layer's."""
-    bcx, weight, _, state, _ = make_step(CASES[0], torch.float32)
+    bcx, weight, *_ = make_step(CASES[0], torch.float32)
     layer = make_layer(weight, None, 0)
     said = {}
     for name in ("forward_native", "forward_cuda"):

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.engine_common import broken, brought
-from tests.engine_common.brought import NO_CONV, PLAIN, REFUSED, SOURCE, dequantised
+from tests.engine_common.brought import FORMATS, NO_CONV, PLAIN, REFUSED, SOURCE, dequantised
 from tests.engine_common.references import assert_same, cases, clear_cases
 from tests.engine_vllm.test_bad_input import LONG_WORK
 from tests.tiers import matrix
@@ -33,6 +33,18 @@ def test_refused(run, tmp_path, name):
     folder = REFUSED[name].make(tmp_path / "model")
     text = broken.refused(run, folder, ENGINE, LONG_WORK)
     assert broken.unsaid(REFUSED[name].refused, text) == []
+
+
+@pytest.mark.parametrize("name", some(FORMATS, []))
+def test_formats_without_kernels(run, tmp_path, name):
+    folder = FORMATS[name].make(tmp_path / "model")
+    text = broken.refused(run, folder, {**ENGINE, "dtype": "bfloat16"}, LONG_WORK)
+    assert (
+        broken.unsaid(
+            (*FORMATS[name].refused, "no kernel|not supported|Unknown quantization method"), text
+        )
+        == []
+    )
 
 
 def test_another_head_under_a_tied_config(run, tmp_path):
