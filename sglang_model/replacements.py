@@ -36,7 +36,7 @@ def replace_in_engine(**replacements: Callable[..., Any]) -> None:
 def _check(target: str, replacement: Callable[..., Any]) -> None:
     try:
         now = pkgutil.resolve_name(target)
-        why = f"SGLang runs {now.__module__}.{now.__qualname__}, as another plugin may have asked"
+        why = f"SGLang runs something else there ({now!r}), as another plugin may have asked"
         if runs(now, replacement):
             return
     except (AttributeError, ImportError) as error:
