@@ -34,7 +34,6 @@ POINTERS = dict.fromkeys(VALUES, "*bf16") | {
     "weights_ptr": "*fp32",
     "ids_ptr": "*i32",
     "padding_ptr": "*i1",
-    "kinds_ptr": "*i8",
     "slots_ptr": "*i32",
     "seen_ptr": "*i64",
     "query_start_ptr": "*i32",
@@ -97,7 +96,8 @@ def build(function: object, constants: dict, backend: str, arch: int | str) -> o
         name: "constexpr" if name in constants else (pointers | FLOATS).get(name, "i32")
         for name in names
     }
-    aligned = [n for n in (*POINTERS, *BY_16) if n in names and n not in constants]
+    plain = {*constants, *function.do_not_specialize}
+    aligned = [n for n in (*POINTERS, *BY_16) if n in names and n not in plain]
     source = ASTSource(
         function,
         signature=signature,

@@ -311,23 +311,42 @@ def test_state_in_another_dtype(step) -> None:
     assert state[NULL].isnan().all()
 
 
+REPLAYED = [
+    Case("", prefills=[1] * 6, padding=58),
+    Case("", prefills=[1, 1, 40, 2, 1, 7], fresh=[2], nulls=[4], padding=12),
+    Case("", prefills=[1, 0, 0, 0, 0, 0], nulls=[1, 2, 3, 4, 5], padding=63),
+]
+"""Steps of as many sequences and rows: what one captured graph is replayed with."""
+
+
+def test_nothing_is_kept_from_launch_to_launch(step) -> None:
+    """A graph's launches see one ConvBatch, whose tensors every replay writes over; so do those of a second graph."""
+    batch = step(REPLAYED[0], torch.float32)[-1]
+    for case in REPLAYED:
+        bcx, weight, bias, state, new = step(case, torch.float32)
+        for name in ("slots", "query_start", "has_initial_state"):
+            getattr(batch, name).copy_(getattr(new, name))
+        after, expected = state.clone(), bcx.new_empty(64, 32)
+        short_conv_naive(bcx, weight, bias, after, new, expected)
+        out = torch.full_like(expected, float("nan"))
+        short_conv_triton(bcx, weight, bias, state, batch, out)
+        assert_within("short_conv", out, expected)
+        assert same_bits(state, after)
+    assert batch.indices == {}
+
+
 def test_one_captured_graph_serves_any_mix(step, device: str) -> None:
     """Captured with one step, replayed with others of as many sequences and rows."""
     if device == "cpu":
         pytest.skip("a CUDA graph needs a GPU")
-    cases = [
-        Case("", prefills=[1] * 6, padding=58),
-        Case("", prefills=[1, 1, 40, 2, 1, 7], fresh=[2], nulls=[4], padding=12),
-        Case("", prefills=[1, 0, 0, 0, 0, 0], nulls=[1, 2, 3, 4, 5], padding=63),
-    ]
-    bcx, weight, bias, state, batch = step(cases[0], torch.bfloat16)
+    bcx, weight, bias, state, batch = step(REPLAYED[0], torch.bfloat16)
     out = torch.empty(64, 32, dtype=bcx.dtype, device=device)
     for _ in range(2):
         short_conv_triton(bcx, weight, bias, state, batch, out)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         short_conv_triton(bcx, weight, bias, state, batch, out)
-    for case in cases:
+    for case in REPLAYED:
         new_bcx, _, _, new_state, new = step(case, torch.bfloat16)
         bcx.copy_(new_bcx)
         state.copy_(new_state)

@@ -5,7 +5,7 @@ The programs of the launch are of two kinds, each for one block of channels:
 - *A sequence*: everything that has to do with a state. It reads the history, convolves all tokens of a decode or the
   first K - 1 of a prefill (the others don't reach back to the history), writes the checkpoint, and at last the new
   state.
-- *Some rows*: of prefills, all tokens but those. It knows nothing of sequences and slides over the rows as one text.
+- *Some rows*: of prefills, all tokens but those. It looks up whose they are and slides over them as one text.
 
 So a slot is read and written by one program alone, reads first, and a row of the output is written once: the result
 does not depend on the order in which programs run. (A program for each piece of a sequence, the last of which writes
@@ -29,40 +29,40 @@ ROWS = 16
 CHANNELS = 1024
 """Channels of a program: 8 of 16 bits, one load of 16 bytes, for each of 128 threads."""
 
-_ELSEWHERE, _SLIDE, _ZERO = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""What is done with a row by the programs for rows: nothing (a sequence's program does it), convolve, write zeros."""
+SCALARS = ["T", "S", "num_decodes", "slots_ptr", "slots_stride", "query_start_ptr", "has_state_ptr"]
+SCALARS += ["accepted_ptr", "checkpoint_offsets_ptr", "checkpoint_slots_ptr"]
+"""What changes from step to step and is read value by value: a kernel of its own for 1, or for what 16 divides, would
+gain nothing, and be compiled while requests wait.
+"""
 
 
 @triton.jit
-def _row_kinds(
-    kinds_ptr,
-    slots_ptr,
-    query_start_ptr,
-    T,
-    S,
-    num_decodes,
-    null_slot,
-    slots_stride,
-    search_steps,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _what_is_done(
+    rows, slots_ptr, query_start_ptr, T, S, num_decodes, null_slot, slots_stride, K: tl.constexpr
 ):
-    """Once a step: what is done with each row (T,) int8."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Of a program's rows, one bit each from the lowest on: which are convolved here, and which become zeros.
+
+    The others are a sequence's program's.
+    """
     # The last sequence that starts at or before the row: of several that start there, the one with tokens.
-    low = tl.zeros([BLOCK], tl.int32)
-    high = tl.zeros([BLOCK], tl.int32) + S
-    for _ in range(search_steps):
+    low = tl.zeros_like(rows)
+    high = low + S
+    left = S
+    while left > 0:
         middle = (low + high + 1) // 2
         start = tl.load(query_start_ptr + middle)
-        low = tl.where(start <= row, middle, low)
-        high = tl.where(start <= row, high, middle - 1)
+        low = tl.where(start <= rows, middle, low)
+        high = tl.where(start <= rows, high, middle - 1)
+        left = left // 2
     inside = low < S
     slot = tl.load(slots_ptr + low * slots_stride, mask=inside, other=0)
-    place = row - tl.load(query_start_ptr + low)
-    kind = tl.where((low < num_decodes) | (place < K - 1), _ELSEWHERE, _SLIDE)
-    kind = tl.where(inside & (slot != null_slot), kind, _ZERO)
-    tl.store(kinds_ptr + row, kind.to(tl.int8), mask=row < T)
+    place = rows - tl.load(query_start_ptr + low)
+    alive = inside & (slot != null_slot)
+    slides = alive & (low >= num_decodes) & (place >= K - 1)
+    bits = 1 << (rows - tl.min(rows, axis=0))
+    convolved = tl.sum(tl.where((rows < T) & slides, bits, 0), axis=0)
+    zeroed = tl.sum(tl.where((rows < T) & (alive == 0), bits, 0), axis=0)
+    return convolved, zeroed
 
 
 @triton.jit
@@ -127,14 +127,13 @@ def store_state(cell, values, stride_column, mask, K: tl.constexpr, PAIRED: tl.c
             tl.store(cell + (K - 2 - k) * stride_column, value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _short_conv(
     bcx_ptr,
     weight_ptr,
     bias_ptr,
     state_ptr,
     out_ptr,
-    kinds_ptr,
     slots_ptr,
     query_start_ptr,
     has_state_ptr,
@@ -257,10 +256,19 @@ def _short_conv(
             store_state(cell, values, state_stride_column, mask, K, PAIRED)
     else:
         first_row = (program - S) * ROWS
-        rows = first_row + tl.arange(0, ROWS)
-        kinds = tl.load(kinds_ptr + rows, mask=rows < T, other=_ELSEWHERE)
-        if tl.max(kinds, axis=0) != _ELSEWHERE:
-            read = mask & (tl.max((kinds == _SLIDE).to(tl.int32), axis=0) > 0)
+        convolved, zeroed = _what_is_done(
+            first_row + tl.arange(0, ROWS),
+            slots_ptr,
+            query_start_ptr,
+            T,
+            S,
+            num_decodes,
+            null_slot,
+            slots_stride,
+            K,
+        )
+        if (convolved | zeroed) != 0:
+            read = mask & (convolved != 0)
             before = ()
             for k in tl.static_range(K - 1):
                 row = first_row - 1 - k
@@ -268,8 +276,7 @@ def _short_conv(
                 before = before + (value,)
             for t in tl.static_range(ROWS):
                 row = first_row + t
-                kind = tl.load(kinds_ptr + row, mask=row < T, other=_ELSEWHERE)
-                slides = kind == _SLIDE
+                slides = ((convolved >> t) & 1) != 0
                 value = gated_input(bcx_ptr, row, bcx_stride, D, channels, read & (row < T))
                 y = gated_output(
                     bcx_ptr,
@@ -285,7 +292,7 @@ def _short_conv(
                     K,
                 )
                 y = tl.where(slides, y.to(tl.float32), 0.0).to(dtype)  # padding may hold NaN
-                written = mask & (kind != _ELSEWHERE)
+                written = mask & ((((convolved | zeroed) >> t) & 1) != 0)
                 tl.store(out_ptrs + row.to(tl.int64) * out_stride_row, y, mask=written)
                 before = (value,) + before[: K - 2]
 
@@ -305,7 +312,6 @@ def short_conv_triton(
         return
     if bcx.stride(1) != 1:
         bcx = bcx.contiguous()
-    kinds = _kinds_of(batch, T, K, bcx.device)
     paired = is_paired(state, bcx.dtype, K)
     if paired:
         state = state.view(torch.int32)
@@ -317,7 +323,6 @@ def short_conv_triton(
         weight if bias is None else bias,
         state,
         out,
-        kinds,
         batch.slots,
         batch.query_start,
         batch.has_initial_state,
@@ -357,31 +362,3 @@ def is_paired(state: torch.Tensor, dtype: torch.dtype, K: int) -> bool:
     side_by_side = state.shape[-1] == 2 and (channel, column) == (2, 1)
     even = not any(n % 2 for n in (*outer, state.storage_offset()))
     return halves and side_by_side and even and state.data_ptr() % 4 == 0
-
-
-def _kinds_of(batch: ConvBatch, T: int, K: int, device: torch.device) -> torch.Tensor:
-    """(T,) int8, made in the first layer of a step.
-
-    A captured graph makes its own: what an earlier run made outside it would be read again in every replay.
-    """
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    key = f"row kinds {T} {K} {captured}"
-    kinds = batch.indices.get(key)
-    if not isinstance(kinds, torch.Tensor):
-        kinds = torch.empty(T, dtype=torch.int8, device=device)
-        S = batch.num_sequences
-        _row_kinds[(triton.cdiv(T, CHANNELS),)](
-            kinds,
-            batch.slots,
-            batch.query_start,
-            T,
-            S,
-            batch.num_decodes,
-            batch.null_slot,
-            batch.slots.stride(0),
-            S.bit_length(),
-            K=K,
-            BLOCK=CHANNELS,
-        )
-        batch.indices[key] = kinds
-    return kinds

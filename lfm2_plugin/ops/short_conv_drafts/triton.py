@@ -21,8 +21,13 @@ from lfm2_plugin.ops.short_conv.triton import (
     store_state,
 )
 
+# As in the short convolution: a kernel of its own for some number of drafts, or some alignment of what is read value by
+# value, would gain nothing.
+SCALARS = ["q", "slots_ptr", "slots_stride", "seen_ptr", "seen_stride_sequence"]
+SCALARS += ["seen_stride_draft", "seen_stride_place"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=SCALARS)
 def _short_conv_drafts(
     bcx_ptr,
     weight_ptr,
