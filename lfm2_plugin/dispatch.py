@@ -5,7 +5,8 @@
 - ``triton``: one kernel for GPUs. Of ``short_conv``, ``short_conv_drafts`` and ``router``; other ops stay ``native``.
 
 ``LFM2_PLUGIN_OPS=naive|native|triton`` forces one. Unset or ``auto`` it is ``native``, and on a GPU the engines' own
-kernels where they have any: no GPU has run ours yet (``docs/gpu-verification.md``).
+kernels where they have any: no GPU has run ours yet (``docs/gpu-verification.md``). The exception is the router's,
+which each GPU tries for itself (``ops/router/trial.py``).
 """
 
 from __future__ import annotations

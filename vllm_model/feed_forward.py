@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lfm2_plugin.arch import Lfm2MoeArch
-from lfm2_plugin.ops.router import route
+from lfm2_plugin.ops.router import route, try_kernel
 
 from .cpu_experts import CpuRoutedExperts
 from .engine_api import (
@@ -66,6 +66,8 @@ class Lfm2MoeExperts(nn.Module):
         self.gate = GateLinear(
             arch.hidden_size, arch.num_experts, quant_config=quant_config, prefix=f"{prefix}.gate"
         )
+        device = next(self.gate.parameters()).device
+        try_kernel(device, arch.num_experts, arch.num_experts_per_tok, torch.get_default_dtype())
         self.expert_bias = None
         if arch.use_expert_bias:
             bias = torch.zeros(arch.num_experts, dtype=torch.float32)

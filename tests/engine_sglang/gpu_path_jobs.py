@@ -6,11 +6,15 @@ behind one function: here it is the second, which AMD's GPUs have.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
 from lfm2_plugin.conv_batch import ConvBatch
 from sglang_model import gpu_conv
+from sglang_model.feed_forward import Lfm2MoeExperts
 from tests.engine_common.gpu_path import checked
+from tests.router_launches import BIAS, SCALING, A, launches_of
 from tests.short_conv_steps import Case, make_step
 
 DECODES = [
@@ -42,6 +46,16 @@ def default_path() -> dict[str, str]:
         if case.width == 3:
             found[f"{case.name}, fused"] = checked(run, case, step_of(case, torch.bfloat16))
     return found
+
+
+def routing() -> list[list[str]]:
+    """What our routing launches for SGLang before the kernel's trial and after it; SGLang masks padding by itself."""
+    layer = SimpleNamespace(arch=SimpleNamespace(routed_scaling_factor=SCALING), expert_bias=BIAS)
+
+    def route(logits: torch.Tensor, padding: None) -> tuple[torch.Tensor, torch.Tensor]:
+        return Lfm2MoeExperts._route(layer, logits, logits, A, renormalize=True)
+
+    return launches_of(route, with_padding=False)
 
 
 def step_of(case: Case, dtype: torch.dtype) -> tuple:

@@ -24,3 +24,10 @@ def test_the_default_convolution_is_the_naive_one(interpreting_server):
     found = interpreting_server.run("gpu_path_jobs:default_path", env=env).get()
     assert len(found) >= 11
     assert {name: said for name, said in found.items() if said != "equal"} == {}
+
+
+def test_the_default_routing_is_one_launch(interpreting_server):
+    env = {"LFM2_PLUGIN_OPS": "auto"}
+    before, after = interpreting_server.run("gpu_path_jobs:routing", env=env).get()
+    assert len(before) >= 7
+    assert after == ["_route"]

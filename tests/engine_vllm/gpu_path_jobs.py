@@ -1,27 +1,31 @@
-"""What runs inside the child of the interpreting server: a layer's default way on a GPU, vLLM's own kernels and all.
+"""What runs inside the child of the interpreting server: a layer's default way on a GPU, by vLLM's own kernels.
 
-The layer is ours with its real ``forward_cuda``, its state one of three in a page, in vLLM's forward context; the step
-is vLLM's metadata. What comes out is compared with the naive operator's.
+The convolution is ours with its real ``forward_cuda``, its state one of three in a page, in vLLM's forward context; the
+step is vLLM's metadata. What comes out is compared with the naive operator's.
 """
 
 from __future__ import annotations
 
 import importlib
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.fused_moe.router.custom_routing_router import CustomRoutingRouter
 from vllm.platforms import current_platform
 
 from benchmarks.gpu import short_conv_builtins
 from lfm2_plugin.conv_batch import ConvBatch
 from tests.engine_common.builtin_kernels import with_handles
 from tests.engine_common.gpu_path import checked
+from tests.router_launches import BIAS, SCALING, A, E, launches_of
 from tests.short_conv_steps import NULL, Case, make_step
 from vllm_model import short_conv
 from vllm_model.conv_state import ConvStatePage, ConvStepMetadata
+from vllm_model.feed_forward import Lfm2MoeExperts
 
 PAGE, LAYER = "model.layers.2.conv_state", "model.layers.3.short_conv"
 STATES, MINE = 3, 1  # a page has room for three layers' states, and the layer's is the second
@@ -70,6 +74,19 @@ def missing_page() -> dict[str, str]:
             except RuntimeError as error:
                 said[name] = str(error)
     return said
+
+
+def routing() -> list[list[str]]:
+    """What vLLM's router launches, our routing in it, before the kernel's trial and after it."""
+    layer = SimpleNamespace(arch=SimpleNamespace(routed_scaling_factor=SCALING), expert_bias=BIAS)
+    ours = MethodType(Lfm2MoeExperts._route, layer)
+    router = CustomRoutingRouter(A, E, ours, renormalize=True)
+
+    def route(logits: torch.Tensor, padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with set_forward_context(None, VllmConfig(), is_padding=padding):
+            return router._select_experts(logits, logits, torch.int32)
+
+    return launches_of(route)
 
 
 def use_gpu_kernels() -> None:

@@ -89,3 +89,9 @@ def test_a_step_that_leaves_out_a_layers_state_is_an_error(interpreting_server):
     for text in said.values():
         assert "model.layers.3.short_conv" in text
         assert "model.layers.2.conv_state" in text
+
+
+def test_the_default_routing_is_one_launch(interpreting_server):
+    before, after = interpreting_server.run("gpu_path_jobs:routing", env=DEFAULT_OPS).get()
+    assert len(before) >= 9
+    assert after == ["_route"]

@@ -4,19 +4,22 @@ As in the Hugging Face model: scores are the sigmoid of the logits, in the logit
 with the largest score + bias are chosen (the bias is float32 and counts for the choice only); their
 weights are their scores without the bias, divided by (their sum + 1e-6) if asked, times the scaling
 factor. Padding rows choose nobody: id -1, weight 0, so that they cost no expert any work.
+
+On a GPU the kernel, one launch, is the default once :func:`try_kernel` has tried it there.
 """
 
 from __future__ import annotations
+
+import importlib
 
 import torch
 
 from lfm2_plugin.dispatch import chosen
 from lfm2_plugin.ops.router.naive import route_naive
 from lfm2_plugin.ops.router.native import route_native
+from lfm2_plugin.ops.router.trial import KERNEL, kernel_devices, try_kernel
 
-_KERNEL = "lfm2_plugin.ops.router.triton:route_triton"
-
-__all__ = ["route", "route_naive", "route_native"]
+__all__ = ["kernel_devices", "route", "route_naive", "route_native", "try_kernel"]
 
 
 def route(
@@ -56,5 +59,9 @@ def route(
             f"padding must be ({logits.shape[0]},) for logits {tuple(logits.shape)}, "
             f"got {tuple(padding.shape)}"
         )
-    run = chosen(logits.device.type, route_naive, route_native, _KERNEL)
+    device = logits.device.type
+    if device in kernel_devices:
+        run = importlib.import_module(KERNEL).route_triton
+    else:
+        run = chosen(device, route_naive, route_native, f"{KERNEL}:route_triton")
     return run(logits, expert_bias, top_k, renormalise, scaling, padding)

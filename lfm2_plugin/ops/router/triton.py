@@ -16,7 +16,7 @@ TOKENS = 8
 """Tokens of a program: with 64 experts 4 values for each of 128 threads."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # else compiled anew for 1 token, and for 16
 def _route(
     logits_ptr,
     bias_ptr,
