@@ -12,6 +12,7 @@ ENV = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # lets a test run a function on the workers' models
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
+    "TRITON_F32_DEFAULT": "ieee",  # on a GPU, vLLM's kernels multiply float32 by TF32 otherwise
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_CACHE_ROOT": str(CACHE / "vllm"),
