@@ -9,14 +9,23 @@ take the place of its manager and its adapter class, by its own means for that: 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lfm2_plugin.arch import Lfm2MoeArch
-from lfm2_plugin.checkpoint import AdapterPart, adapter_scaling, read_adapter
+from lfm2_plugin.checkpoint import (
+    AdapterConfig,
+    AdapterError,
+    AdapterPart,
+    read_adapter,
+    read_adapter_config,
+    read_adapter_tensors,
+    unified,
+)
 
 from .cpu_lora import CpuExpertsWithLoRA
 from .cpu_platform import LORA_BACKEND
@@ -126,8 +135,8 @@ class FusedFactors:
         return self.place.rpartition(".")[2]
 
 
-def fuse(arch: Lfm2MoeArch, rank: int, parts: Iterable[AdapterPart]) -> Iterator[FusedFactors]:
-    """Put the factors of an adapter together as the modules are."""
+def fuse(arch: Lfm2MoeArch, parts: Iterable[AdapterPart]) -> Iterator[FusedFactors]:
+    """Put the factors of an adapter in its unified form together as the modules are."""
     modules: dict[tuple[int, str], list[AdapterPart]] = defaultdict(list)
     for part in parts:
         assert part.target.layer is not None  # nothing outside the layers can be adapted
@@ -135,16 +144,19 @@ def fuse(arch: Lfm2MoeArch, rank: int, parts: Iterable[AdapterPart]) -> Iterator
     for (layer, place), members in modules.items():
         module = place.rpartition(".")[2]
         if module == "experts":
-            yield from _fuse_experts(arch, rank, layer, place, members)
+            up, gated, down = members  # w1, w3, w2
+            a, b = (torch.cat(pair, dim=1) for pair in ((up.a, gated.a), (up.b, gated.b)))
+            yield FusedFactors(layer, f"{place}.gate_up_proj", a, b)
+            yield FusedFactors(layer, f"{place}.down_proj", down.a, down.b)
         elif module in _SHARDS:
-            yield FusedFactors(layer, place, *_fuse_shards(arch, rank, module, members))
+            yield FusedFactors(layer, place, *_fuse_shards(arch, module, members))
         else:
             (part,) = members
             yield FusedFactors(layer, place, part.a.repeat(slices(module), 1), part.b)
 
 
 def _fuse_shards(
-    arch: Lfm2MoeArch, rank: int, module: str, parts: list[AdapterPart]
+    arch: Lfm2MoeArch, module: str, parts: list[AdapterPart]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A shard without an adapter gets factors of zeros."""
     kv = arch.num_kv_heads * arch.head_dim
@@ -156,30 +168,14 @@ def _fuse_shards(
         part = there.get(shard)
         height = rows[shard] if isinstance(shard, str) else arch.intermediate_size
         a.append(part.a if part else torch.zeros_like(some.a))
-        b.append(part.b if part else some.b.new_zeros(height, rank))
+        b.append(part.b if part else some.b.new_zeros(height, some.b.shape[1]))
     return torch.cat(a), torch.cat(b)
 
 
-def _fuse_experts(
-    arch: Lfm2MoeArch, rank: int, layer: int, place: str, parts: list[AdapterPart]
-) -> Iterator[FusedFactors]:
-    E, D, width = arch.num_experts, arch.hidden_size, arch.moe_intermediate_size
-    zeros = parts[0].a.new_zeros
-    a13, b13 = zeros(E, 2 * rank, D), zeros(E, 2 * width, rank)
-    a2, b2 = zeros(E, rank, width), zeros(E, D, rank)
-    for part in parts:
-        expert = slice(None) if part.target.expert is None else part.target.expert
-        if part.target.shard == "w2":
-            a2[expert], b2[expert] = part.a, part.b
-            continue
-        if part.target.shard in ("w1", "w13"):
-            a13[expert, ..., :rank, :] = part.a
-        if part.target.shard in ("w3", "w13"):
-            a13[expert, ..., rank:, :] = part.a
-        lines = {"w1": slice(width), "w3": slice(width, None), "w13": slice(None)}
-        b13[expert, ..., lines[str(part.target.shard)], :] = part.b
-    yield FusedFactors(layer, f"{place}.gate_up_proj", a13, b13)
-    yield FusedFactors(layer, f"{place}.down_proj", a2, b2)
+def targets_of(parts: Iterable[AdapterPart]) -> set[str]:
+    """The modules that the parts are on, by the names that SGLang looks them up with."""
+    names = {part.target.module.rpartition(".")[2] for part in parts}
+    return (names - {"experts"}) | (_EXPERTS if "experts" in names else set())
 
 
 class Adapter(LoRAAdapter):
@@ -197,16 +193,14 @@ class Adapter(LoRAAdapter):
         self._read[name] = loaded_weight.cpu()
 
     def _normalize_weights(self) -> None:
-        arch, rank = self.base_model.arch, self.config.r
-        parts = read_adapter(arch, rank, self._read)
+        arch, config = self.base_model.arch, AdapterConfig.from_dict(self.config.hf_config)
+        parts = read_adapter(arch, config, self._read)
         self._read = {}
-        targets = set()
-        for factors in fuse(arch, rank, parts):
-            targets.add(factors.target)
+        for factors in fuse(arch, unified(arch, config, parts)):
             weights = self.layers[factors.layer].weights
             weights[f"layers.{factors.layer}.{factors.place}.lora_A.weight"] = factors.a
             weights[f"layers.{factors.layer}.{factors.place}.lora_B.weight"] = factors.b
-        self.config.target_modules = sorted(targets)
+        self.config.target_modules = sorted(targets_of(parts))
 
 
 class AdapterManager(LoRAManager):
@@ -221,33 +215,61 @@ class AdapterManager(LoRAManager):
         with memory_needs_no_pinning():
             super().__init__(*args, lora_backend=lora_backend, **kwargs)
 
-    def validate_new_adapter(self, lora_config: Any, lora_ref: Any) -> None:
-        """By its settings, before its tensors are read."""
-        lora_config.lora_alpha = adapter_scaling(lora_config.hf_config) * lora_config.r
-        lora_config.target_modules = []  # its tensors say better, see Adapter
-        super().validate_new_adapter(lora_config, lora_ref)
+    def _load_lora_adapter(self, lora_ref: Any) -> Any:
+        """By the headers of its files, before SGLang reads them; a name on the hub is checked as it is read."""
+        folder = Path(lora_ref.lora_path)
+        if not folder.is_dir() and not folder.is_absolute():
+            return super()._load_lora_adapter(lora_ref)
+        return self._if_fine(
+            lambda: (read_adapter_config(folder), read_adapter_tensors(folder)),
+            lambda: super(AdapterManager, self)._load_lora_adapter(lora_ref),
+        )
 
-    def load_lora_weights(self, lora_ref: Any) -> None:
-        super().load_lora_weights(lora_ref)
-        self._check_buffers(lora_ref)
+    def load_lora_adapter_from_tensors(
+        self,
+        lora_ref: Any,
+        tensors: dict[str, torch.Tensor],
+        config_dict: dict[str, Any],
+        *more: Any,
+        **options: Any,
+    ) -> Any:
+        """The same for an adapter that comes as tensors."""
+        return self._if_fine(
+            lambda: (AdapterConfig.from_dict(config_dict), tensors),
+            lambda: super(AdapterManager, self).load_lora_adapter_from_tensors(
+                lora_ref, tensors, config_dict, *more, **options
+            ),
+        )
 
-    def load_lora_weights_from_tensors(
-        self, lora_ref: Any, tensors: dict[str, torch.Tensor]
-    ) -> None:
-        super().load_lora_weights_from_tensors(lora_ref, tensors)
-        self._check_buffers(lora_ref)
+    def _if_fine(
+        self,
+        read: Callable[[], tuple[AdapterConfig, Mapping[str, torch.Tensor]]],
+        load: Callable[[], Any],
+    ) -> Any:
+        """Load an adapter if it can be served; an answer that says why not otherwise, and nothing has changed."""
+        try:
+            config, tensors = read()
+            parts = read_adapter(self.base_model.arch, config, tensors)
+            self._check_buffers(targets_of(parts))
+        except AdapterError as error:
+            return self.create_lora_update_result(success=False, error_message=str(error))
+        return load()
 
-    def _check_buffers(self, lora_ref: Any) -> None:
+    def _check_buffers(self, targets: set[str]) -> None:
         """Refuse an adapter that comes while serving and is on modules that have no buffers."""
-        if not hasattr(self, "memory_pool"):
-            return
-        absent = set(self.configs[lora_ref.lora_id].target_modules) - self.target_modules
+        absent = targets - self.target_modules if hasattr(self, "memory_pool") else ()
         if absent:
-            del self.loras[lora_ref.lora_id]
-            raise ValueError(
+            raise AdapterError(
                 f"It is on {', '.join(sorted(absent))}, for which no room was made at start. Start the server with "
                 "--lora-target-modules all."
             )
+
+    def validate_new_adapter(self, lora_config: Any, lora_ref: Any) -> None:
+        """In its unified form: one rank, and no scaling."""
+        config = AdapterConfig.from_dict(lora_config.hf_config)
+        lora_config.r = lora_config.lora_alpha = config.largest_rank
+        lora_config.target_modules = []  # its tensors say better, see Adapter
+        super().validate_new_adapter(lora_config, lora_ref)
 
     def init_lora_shapes(
         self, max_lora_rank: int | None = None, target_modules: Iterable[str] | None = None

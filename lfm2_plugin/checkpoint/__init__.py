@@ -1,11 +1,13 @@
 """What an LFM2-MoE checkpoint contains: the one table of names, and the ledger that accounts for every tensor."""
 
 from lfm2_plugin.checkpoint.adapter import (
-    AdapterError,
+    ADAPTABLE,
     AdapterPart,
-    adapter_scaling,
     read_adapter,
+    read_adapter_tensors,
+    unified,
 )
+from lfm2_plugin.checkpoint.adapter_config import AdapterConfig, AdapterError, read_adapter_config
 from lfm2_plugin.checkpoint.ledger import Ledger, check_checkpoint, plan_of
 from lfm2_plugin.checkpoint.names import Target, expected_tensors, translate
 from lfm2_plugin.checkpoint.quantisation import QuantisationPlan, UnsupportedQuantisation
@@ -13,6 +15,8 @@ from lfm2_plugin.checkpoint.readers import inspect_files
 from lfm2_plugin.checkpoint.report import CheckpointError, CheckpointReport
 
 __all__ = [
+    "ADAPTABLE",
+    "AdapterConfig",
     "AdapterError",
     "AdapterPart",
     "CheckpointError",
@@ -21,11 +25,13 @@ __all__ = [
     "QuantisationPlan",
     "Target",
     "UnsupportedQuantisation",
-    "adapter_scaling",
     "check_checkpoint",
     "expected_tensors",
     "inspect_files",
     "plan_of",
     "read_adapter",
+    "read_adapter_config",
+    "read_adapter_tensors",
     "translate",
+    "unified",
 ]

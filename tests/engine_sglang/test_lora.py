@@ -1,23 +1,20 @@
 """Adapters made by PEFT answer like the model they were merged into; the base model stays as it was."""
 
-import json
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from lfm2_plugin.arch import Lfm2MoeArch
 from tests.engine_common.adapters import (
-    ATTENTION,
-    CONV,
+    BAD,
     EXPERTS,
-    MLP,
+    FORMS,
     adapted_cases,
     adapter,
     all_adapted_cases,
+    bad_adapters,
+    form,
+    form_cases,
 )
+from tests.engine_common.adapters import TARGETS as PLAIN_TARGETS
 from tests.engine_common.checkpoints import checkpoint
 from tests.engine_common.hf_reference import teacher_forced
 from tests.engine_common.references import NEW_TOKENS, Case, cases, wrong
@@ -27,11 +24,7 @@ from tests.tolerances import HALF_PRECISION_ERROR_RATIO
 pytestmark = pytest.mark.engine
 
 TARGETS = {
-    "attention": (ATTENTION, []),
-    "conv": (CONV, []),
-    "mlp": (MLP, []),
-    "experts": ([], EXPERTS),
-    "all": (ATTENTION + CONV + MLP, EXPERTS),
+    **PLAIN_TARGETS,
     # SGLang's own code drops k_proj without q_proj, and w3 without w1.
     "some": (["k_proj", "feed_forward.w3"], EXPERTS[1:]),
 }
@@ -158,20 +151,6 @@ def test_bfloat16(adapted, model):
     assert (ours - exact).abs().mean() <= allowed
 
 
-def test_loaded_while_serving(adapted):
-    """The server starts without an adapter; one that it can't serve changes nothing."""
-    asked = {"conv": adapted_by("alpha", "conv"), "experts": adapted_by("alpha", "experts")}
-    folders = {name: str(adapter("alpha", *TARGETS[name])[0]) for name in asked}
-    engine = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["all"]}
-    steps = []
-    for name, expected in asked.items():
-        steps.append({"op": "load", "name": name, "path": folders[name]})
-        steps.append({"prompts": [c.prompt for c in expected], "lora": name})
-    result = adapted("alpha", engine, steps)["steps"]
-    assert result[0] == result[2] == {"success": True, "error": ""}
-    assert not differences(asked, result[1::2])
-
-
 def test_no_room_was_made(adapted):
     base = list(cases("alpha")[:20])
     folder = str(adapter("alpha", *TARGETS["mlp"])[0])
@@ -196,71 +175,32 @@ def test_weights_updated_under_adapters(adapted):
     assert not differences(asked, result[::2])
 
 
-def rewritten(folder: Path, target: Path, change, **settings) -> Path:
-    """A copy of an adapter with other tensors and settings."""
-    shutil.copytree(folder, target)
-    tensors = change(load_file(folder / "adapter_model.safetensors"))
-    save_file(tensors, target / "adapter_model.safetensors")
-    path = target / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
-    return target
+def test_other_forms_and_bad_ones(adapted, tmp_path):
+    """Loaded while serving: what trainers make beside plain adapters is served, what can't be changes nothing."""
+    base = list(cases("alpha")[:8])
+    engine = {"enable_lora": True, "max_lora_rank": 16, "lora_target_modules": ["all"]}
+    steps, asked = [], {}
+    for name in FORMS:
+        asked[name] = form_cases("alpha", name)
+        steps.append({"op": "load", "name": name, "path": str(form("alpha", name)[0])})
+        steps.append({"prompts": [c.prompt for c in asked[name]], "lora": name})
+    for name, path in bad_adapters("alpha", tmp_path).items():
+        steps.append({"op": "load", "name": name, "path": str(path)})
+    asked["base"] = base
+    steps.append({"prompts": [c.prompt for c in base]})
+    result = adapted("alpha", engine, steps)["steps"]
+    served = 2 * (len(asked) - 1)
+    assert result[:served:2] == [{"success": True, "error": ""}] * (len(asked) - 1)
+    assert not differences(asked, [*result[1:served:2], result[-1]])
+    for (name, (_, message)), answer in zip(BAD.items(), result[served:-1], strict=True):
+        assert not answer["success"], name
+        assert message in answer["error"], name
 
 
-def test_experts_one_by_one(adapted, tmp_path):
-    """The form in which PEFT saved experts' factors while transformers had a module for each expert."""
-    arch = Lfm2MoeArch.from_config(json.loads((checkpoint("alpha") / "config.json").read_text()))
-
-    def unstack(tensors: dict) -> dict:
-        apart = {}
-        for name, tensor in tensors.items():
-            stack, _, side = name.removesuffix(".weight").rpartition(".")
-            place = stack.removesuffix(".base_layer")
-            shards = ("w1", "w3") if stack != place else ("w2",)
-            for expert in range(arch.num_experts):
-                for number, shard in enumerate(shards):
-                    if side == "lora_A":
-                        one = tensor.view(arch.num_experts, 8, -1)[expert]
-                    else:
-                        one = tensor.view(len(tensor), 8, arch.num_experts)[..., expert]
-                        one = one.chunk(len(shards))[number]
-                    apart[f"{place}.{expert}.{shard}.{side}.weight"] = one.clone()
-        return apart
-
-    folder = adapter("alpha", *TARGETS["experts"])[0]
-    settings = {"target_modules": ["w1", "w2", "w3"], "target_parameters": None}
-    old = rewritten(folder, tmp_path / "old", unstack, **settings)
-    asked = adapted_by("alpha", "experts")
-    step = {"prompts": [c.prompt for c in asked], "lora": "old"}
-    (outputs,) = adapted("alpha", {"lora_paths": [f"old={old}"]}, [step])["steps"]
-    assert not wrong(outputs, asked)
-
-
-REFUSED = {
-    "convolution": (
-        lambda tensors: {k.replace("in_proj", "conv"): v for k, v in tensors.items()},
-        {"target_modules": ["conv.conv"]},
-        "is on modules that can't be adapted: model.layers.0.conv.conv, model.layers.1.conv.conv",
-    ),
-    "router": (
-        lambda tensors: {k.replace("conv.in_proj", "feed_forward.gate"): v for k, v in tensors.items()},
-        {"target_modules": ["gate"]},
-        "is on modules that can't be adapted: model.layers.0.feed_forward.gate",
-    ),
-    "other model": (
-        lambda tensors: {k: v[..., :4].contiguous() for k, v in tensors.items()},
-        {},
-        "It was trained on another model",
-    ),
-    "settings": (lambda tensors: tensors, {"rank_pattern": {"in_proj": 16}}, "trained with rank_pattern"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_before_serving(adapted, tmp_path, name):
+def test_refused_before_serving(adapted, tmp_path):
     """One error that names the adapter, what is wrong and what to do."""
-    change, settings, message = REFUSED[name]
-    folder = adapter("alpha", ["conv.in_proj"])[0]
-    bad = rewritten(folder, tmp_path / "bad", change, **settings)
+    write, message = BAD["unknown module"]
+    bad = write(adapter("alpha", ["conv.in_proj"])[0], tmp_path / "bad")
     refused = adapted.outcome("alpha", {"lora_paths": [f"bad={bad}"]}, [])
     assert refused.error is not None
     errors = [line for line in refused.log.splitlines() if line.startswith("RuntimeError")]
