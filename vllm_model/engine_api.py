@@ -7,8 +7,10 @@ a capability, never for a version, and says which version needs it.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,8 +24,14 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
 )
 from vllm.distributed.utils import get_pp_indices
+from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path, is_in_target_modules
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
@@ -96,6 +104,7 @@ from vllm.v1.attention.backends.short_conv_attn import (
     ShortConvAttentionMetadataBuilder,
 )
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from lfm2_plugin.conv_batch import ConvBatch
@@ -112,9 +121,15 @@ __all__ = [
     "FusedMoEMethodBase",
     "GateLinear",
     "HasInnerState",
+    "InputProcessor",
     "IntermediateTensors",
     "IsHybrid",
+    "LRUCacheWorkerLoRAManager",
+    "LoRAAdapterNotFoundError",
     "LoRAExpertsMixin",
+    "LoRALayerWeights",
+    "LoRAModel",
+    "LoRARequest",
     "LogitsProcessor",
     "MambaAttentionBackendEnum",
     "MambaBase",
@@ -124,6 +139,7 @@ __all__ = [
     "MergedColumnParallelLinear",
     "MixtureOfExperts",
     "PPMissingLayer",
+    "PackedLoRALayerWeights",
     "ParallelLMHead",
     "QKVParallelLinear",
     "QuantizationConfig",
@@ -156,6 +172,7 @@ __all__ = [
     "device_type",
     "expert_ranks",
     "extract_layer_index",
+    "get_adapter_absolute_path",
     "get_forward_context",
     "get_pp_group",
     "get_rope",
@@ -163,6 +180,7 @@ __all__ = [
     "get_tensor_model_parallel_world_size",
     "init_logger",
     "is_conv_state_dim_first",
+    "is_in_target_modules",
     "is_unused",
     "make_empty_intermediate_tensors_factory",
     "make_layers",
@@ -175,6 +193,7 @@ __all__ = [
     "pipeline_stages",
     "quantisation_settings",
     "quantiser_is_there",
+    "replace_in_engine",
     "set_quantisation_settings",
     "short_conv_op",
     "speculation_needs_triton",
@@ -235,6 +254,22 @@ def missing_capabilities() -> list[str]:
         "the operator vllm::short_conv": hasattr(torch.ops.vllm, "short_conv"),
     }
     return [need for need, met in needs.items() if not met]
+
+
+def replace_in_engine(module: str, user: str, theirs: type, ours: type) -> None:
+    """Have vLLM's function ``user`` in ``module`` take our subclass of a class; see docs/decisions/0017.
+
+    Raises:
+        RuntimeError: this vLLM's function doesn't take that class, so that nothing would come of it.
+    """
+    place = importlib.import_module(module)
+    names = inspect.unwrap(attrgetter(user)(place)).__code__.co_names
+    if theirs.__name__ not in names or getattr(place, theirs.__name__, None) not in (theirs, ours):
+        raise RuntimeError(
+            f"In vLLM {vllm_version} {module}.{user} takes no {theirs.__name__} that could be replaced, so that LoRA "
+            "adapters would not be checked. Serve without LoRA, or set LFM2_PLUGIN=off for vLLM's own model."
+        )
+    setattr(place, theirs.__name__, ours)
 
 
 def short_conv_op(bcx: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:

@@ -47,6 +47,7 @@ from .engine_api import (
     support_torch_compile,
 )
 from .feed_forward import Lfm2MoeExperts, Lfm2MoeMlp
+from .lora import PACKED, read_adapters_in_workers
 from .short_conv import Lfm2ShortConv
 from .support import check_support, named_without_kernel
 from .weights import LORA_NAMES, check_files, load_weights
@@ -185,14 +186,9 @@ class Lfm2MoeForCausalLM(
         CheckpointError: a local checkpoint lacks tensors, has others, wrong shapes or broken files.
     """
 
-    packed_modules_mapping = {  # noqa: RUF012  (vLLM reads it from the class)
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "w13": ["w1", "w3"],
-        "in_proj": ["in_proj"],
-    }
+    packed_modules_mapping = PACKED
     hf_to_vllm_mapper = WeightsMapper(orig_to_new_substr=LORA_NAMES)
-    # An adapter made with transformers >= 5 has the experts of a layer in one tensor.
-    is_3d_moe_weight = True
+    adapters_are_checked = False
     embedding_modules = {  # noqa: RUF012
         "embed_tokens": "input_embeddings",
         "lm_head": "output_embeddings",
@@ -203,6 +199,8 @@ class Lfm2MoeForCausalLM(
         self.arch = arch = Lfm2MoeArch.from_config(vllm_config.model_config.hf_config)
         check_support(arch, vllm_config)
         self.quantisation = check_files(arch, vllm_config)
+        if vllm_config.lora_config is not None:
+            read_adapters_in_workers()
         self.config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config
         self.vllm_config = vllm_config
@@ -225,6 +223,20 @@ class Lfm2MoeForCausalLM(
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self._count_experts(vllm_config)
         logger.info("LFM2-MoE is served by %s.%s.", type(self).__module__, type(self).__name__)
+
+    @property
+    def lora_manager(self) -> object:
+        """vLLM's manager of adapters, which it hands the model when LoRA is on."""
+        return self._lora_manager
+
+    @lora_manager.setter
+    def lora_manager(self, manager: object) -> None:
+        if not self.adapters_are_checked:
+            raise RuntimeError(
+                "This runner of vLLM's reads LoRA adapters by a class of its own, so they would not be checked. Serve "
+                "without LoRA, or set LFM2_PLUGIN=off for vLLM's own model."
+            )
+        self._lora_manager = manager
 
     def _count_experts(self, vllm_config: VllmConfig) -> None:
         """What vLLM's expert load balancer asks of a model; a stage may have no expert layer."""

@@ -43,6 +43,10 @@ class Lfm2MoeOptions:
         name_modules_explicitly(arch, vllm_config)
         ignore_mistral_files(vllm_config)
         capture_wide_decodes(vllm_config)
+        if vllm_config.lora_config is not None:
+            from .lora import check_adapters_of_requests
+
+            check_adapters_of_requests()
 
 
 def capture_wide_decodes(vllm_config: VllmConfig) -> None:

@@ -5,9 +5,11 @@
 
 import ast
 import inspect
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
 
 from vllm_model import engine_api
@@ -51,6 +53,51 @@ def test_a_missing_capability_is_named(monkeypatch):
     missing = engine_api.missing_capabilities()
     assert any("routing function" in need for need in missing)
     assert any("expert weights" in need for need in missing)
+
+
+class Theirs:
+    pass
+
+
+class Ours(Theirs):
+    pass
+
+
+def in_a_module(monkeypatch, source: str) -> ModuleType:
+    """A module of the name "fake" in which ``source`` has run, with the class above."""
+    module = ModuleType("fake")
+    module.Theirs = Theirs
+    exec(source, vars(module))
+    monkeypatch.setitem(sys.modules, "fake", module)
+    return module
+
+
+def test_a_class_gives_way_to_its_subclass(monkeypatch):
+    module = in_a_module(monkeypatch, "class User:\n    def start(self): return Theirs()")
+    for _ in range(2):
+        engine_api.replace_in_engine("fake", "User.start", Theirs, Ours)
+        assert type(module.User().start()) is Ours
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["class User:\n    def start(self): return 1", "Theirs = int\ndef start(): return Theirs()"],
+    ids=["not taken", "another class"],
+)
+def test_a_class_that_is_not_taken_there_is_an_error(monkeypatch, source):
+    module = in_a_module(monkeypatch, source)
+    user = "User.start" if hasattr(module, "User") else "start"
+    with pytest.raises(RuntimeError, match=f"fake.{user} takes no Theirs"):
+        engine_api.replace_in_engine("fake", user, Theirs, Ours)
+    assert getattr(module, "Theirs", None) is not Ours
+
+
+def test_adapters_read_by_another_class_are_an_error():
+    from vllm_model.model import Lfm2MoeForCausalLM
+
+    model = object.__new__(Lfm2MoeForCausalLM)
+    with pytest.raises(RuntimeError, match="reads LoRA adapters by a class of its own"):
+        model.lora_manager = object()
 
 
 def test_a_mixed_step():

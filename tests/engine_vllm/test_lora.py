@@ -3,27 +3,36 @@
 import pytest
 
 from tests.engine_common.adapters import (
-    ATTENTION,
-    CONV,
-    EXPERTS,
-    MLP,
+    BAD,
+    FORMS,
+    TARGETS,
     adapted_cases,
     adapter,
     all_adapted_cases,
+    bad_adapters,
+    form,
+    form_cases,
 )
+from tests.engine_common.checkpoints import checkpoint
 from tests.engine_common.references import assert_same, cases, wrong
 from tests.tiers import matrix
 
 pytestmark = pytest.mark.engine
 
 LORA = {"dtype": "float32", "enable_lora": True, "max_lora_rank": 8}
-TARGETS = {
-    "attention": (ATTENTION, []),
-    "conv": (CONV, []),
-    "mlp": (MLP, []),
-    "experts": ([], EXPERTS),
-    "all": (ATTENTION + CONV + MLP, EXPERTS),
-}
+
+
+@pytest.fixture(scope="module")
+def adapted(server):
+    """As ``run``, with the steps of ``lora_jobs``."""
+
+    def start(model: str, engine: dict, steps: list[dict], **options) -> dict:
+        folder = str(checkpoint(model))
+        return server.run(
+            "lora_jobs:run_engine", model=folder, engine=engine, steps=steps, **options
+        ).get()
+
+    return start
 
 
 @pytest.mark.parametrize(
@@ -64,3 +73,54 @@ def test_tensor_parallel(run):
     result = run("alpha", engine, [step, step], timeout=400)["steps"]
     assert_same(result[0], asked)
     assert_same(result[1], asked)
+
+
+def test_other_forms_and_bad_ones(adapted, tmp_path):
+    """One engine: what trainers make beside plain adapters is served, what can't be is refused before a step."""
+    base = list(cases("alpha")[:8])
+    plain = {"prompts": [c.prompt for c in base]}
+    steps, expected = [], []
+    for name in FORMS:
+        asked = form_cases("alpha", name)
+        expected.append((name, asked))
+        steps.append({"prompts": [c.prompt for c in asked], "lora": str(form("alpha", name)[0])})
+    bad = bad_adapters("alpha", tmp_path)
+    folders = {name: str(path) for name, path in bad.items()}
+    prompt = base[0].prompt
+    refusals = [
+        {"op": "refused", "prompt": prompt, "folders": folders},
+        {"op": "refused_by_workers", "folders": folders},
+    ]
+    engine = {**LORA, "max_lora_rank": 16, "max_loras": 2, "max_cpu_loras": 8}
+    result = adapted("alpha", engine, [*steps, *refusals, plain])["steps"]
+    different = {
+        name: f"{len(lines)} of {len(asked)}"
+        for (name, asked), outputs in zip(expected, result, strict=False)
+        if (lines := wrong(outputs, asked))
+    }
+    assert not different
+    assert all(len(asked) > 8 for _, asked in expected)
+    for said in result[-3:-1]:
+        assert said.keys() == BAD.keys()
+        for name, (_, message) in BAD.items():
+            assert message in said[name], name
+            assert f"LoRA adapter {name!r} ({bad[name]}) can't be served. " in said[name]
+    assert_same(result[-1], base)
+
+
+@pytest.mark.matrix
+def test_embedding_head_and_router(run):
+    """What only vLLM adapts, on a model whose head is its own."""
+    modules, parameters = ["embed_tokens", "lm_head"], ["feed_forward.gate.weight"]
+    folder, merged = adapter("untied", modules, parameters)
+    asked = adapted_cases("untied", merged)[:30]
+    plain = list(cases("untied", 40))
+    steps = [
+        {"prompts": [c.prompt for c in asked], "lora": str(folder)},
+        {"prompts": [c.prompt for c in plain]},
+    ]
+    result = run("untied", LORA, steps)["steps"]
+    assert_same(result[0], asked)
+    assert_same(result[1], plain)
+    unadapted = {tuple(c.prompt): c.expected.tokens for c in cases("untied")}
+    assert sum(c.expected.tokens != unadapted.get(tuple(c.prompt)) for c in asked) > 10
