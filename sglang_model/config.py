@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from .engine_api import (
     conv_state_dtype_of_user,
 )
 
+logger = logging.getLogger("sglang.lfm2_plugin")
+
+ARCHITECTURE = "Lfm2MoeForCausalLM"
 SNAPSHOT_GRID = 2
 """Tokens between two places of a prompt where a state can be kept for the prefix cache.
 
@@ -37,11 +41,16 @@ _PADDED = {
 """What SGLang rounds up for several ranks on a CPU, and where it keeps the config's own. Our layers need no padding."""
 
 
+_ADDED = {"context_len", "swa_head_dim", "swa_v_head_dim", *_PADDED.values()}
+"""What SGLang puts into a config beside the model's own entries."""
+
+
 def arch_of(config: HuggingFaceConfig) -> Lfm2MoeArch:
     """The checked model shape, that of the checkpoint. Raises UnsupportedConfig."""
     values = config.to_dict()
     values |= {name: values[kept] for name, kept in _PADDED.items() if values.get(kept)}
-    return Lfm2MoeArch.from_config(values)
+    entries = {name: value for name, value in values.items() if name not in _ADDED}
+    return Lfm2MoeArch.from_config(config, entries)
 
 
 class Lfm2MoeConfig(HuggingFaceConfig):
@@ -52,6 +61,22 @@ class Lfm2MoeConfig(HuggingFaceConfig):
     """
 
     _state_dtype: torch.dtype | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """As in transformers, and what SGLang would stumble over or guess where a config.json is silent.
+
+        Without ``architectures`` its first look at the config fails. Without ``dtype`` it takes float16, where vLLM
+        asks the weights, which are bfloat16 in every published model of the family.
+        """
+        super().__post_init__(**kwargs)
+        if self.architectures is None:
+            self.architectures = [ARCHITECTURE]
+        if self.dtype is None:
+            self.dtype = torch.bfloat16
+            if self.layer_types:  # not the class's own defaults
+                logger.warning(
+                    "The config has no dtype: bfloat16 is taken, unless --dtype says otherwise"
+                )
 
     @property
     def arch(self) -> Lfm2MoeArch:

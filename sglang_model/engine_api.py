@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,9 +168,17 @@ def conv_cache_params(
 
 
 def rotary_embedding(head_dim: int, max_position: int, rope: dict[str, Any]) -> torch.nn.Module:
-    """SGLang's rotary embedding for the nested rope settings of :class:`lfm2_plugin.arch.Lfm2MoeArch`."""
+    """SGLang's rotary embedding for the nested rope settings of :class:`lfm2_plugin.arch.Lfm2MoeArch`.
+
+    SGLang has no eye for yarn's ``attention_factor``, the scale of sines and cosines; it multiplies a scale of its own
+    with another setting, ``attn_factor``, which is made so that the product is what the config says.
+    """
     from sglang.srt.layers.rotary_embedding import get_rope
 
+    if "attention_factor" in rope:
+        rope = dict(rope)
+        own = 0.1 * math.log(rope["factor"]) + 1.0
+        rope["attn_factor"] = rope.pop("attention_factor") / own
     return get_rope(
         head_size=head_dim,
         rotary_dim=head_dim,

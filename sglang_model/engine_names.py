@@ -79,6 +79,7 @@ NAMES = {
     "get_lora": "sglang.srt.runtime_context:get_lora",
     "get_parallel": "sglang.srt.runtime_context:get_parallel",
     "get_server_args": "sglang.srt.runtime_context:get_server_args",
+    "get_pp_indices": "sglang.srt.distributed.utils:get_pp_indices",
     "get_spec": "sglang.srt.runtime_context:get_spec",
     "make_layers": "sglang.srt.utils:make_layers",
     "mamba_track_grid": "sglang.srt.runtime_context:mamba_track_grid",

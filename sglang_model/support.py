@@ -13,6 +13,7 @@ from .engine_api import (
     QuantizationConfig,
     current_platform,
     get_parallel,
+    get_pp_indices,
     missing_capabilities,
     sglang_version,
 )
@@ -63,6 +64,7 @@ def check_support(arch: Lfm2MoeArch, quant_config: QuantizationConfig | None) ->
             "LFM2-MoE's short convolutions can't be served with --enable-dp-attention. Leave it out; "
             "--dp-size alone runs whole replicas."
         )
+    check_stages(arch, parallel.pp_size)
     if (
         quant_config is not None
         and isinstance(current_platform, PortableCpuPlatform)
@@ -74,3 +76,15 @@ def check_support(arch: Lfm2MoeArch, quant_config: QuantizationConfig | None) ->
             f"SGLang has no kernels for weights quantised by {quant_config.get_name()!r} on this CPU (it has some for "
             "CPUs with AMX, in sgl_kernel). Serve the unquantised checkpoint, leave out --quantization, or use a GPU."
         )
+
+
+def check_stages(arch: Lfm2MoeArch, stages: int) -> None:
+    """Every pipeline stage needs a layer with a conv state: SGLang's pool and backend of states look for the first."""
+    for number in range(stages):
+        first, last = get_pp_indices(arch.num_layers, number, stages)
+        if not any(first <= layer < last for layer in arch.conv_layers):
+            raise ValueError(
+                f"Pipeline stage {number} would hold layers {first} to {last - 1} and no short convolution (those are "
+                f"{', '.join(map(str, arch.conv_layers))}), which SGLang can't serve. Choose a smaller --pp-size, or "
+                "cut otherwise with SGLANG_PP_LAYER_PARTITION."
+            )
