@@ -12,6 +12,7 @@ VLLM = .venvs/vllm/bin
 VLLM_NEWEST = .venvs/vllm-0.33/bin
 SGLANG = .venvs/sglang/bin
 SGLANG_LOWEST = .venvs/sglang-0.5.22/bin
+COMPRESSOR = .venvs/llm-compressor/bin
 LINT = .venvs/lint/bin
 # Further words for pytest: make test-vllm PYTEST='-k spec -x'
 PYTEST ?=
@@ -25,11 +26,11 @@ INSTALL ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-sglang doctor doctor-sglang test test-all test-core test-kernels test-vllm test-vllm-newest \
-	test-sglang test-sglang-lowest test-install references lint format bench bench-sglang memory tree env env-newest \
-	env-sglang env-sglang-lowest env-lint wheel clean
+	test-sglang test-sglang-lowest test-install references quantised-checkpoints lint format bench bench-sglang memory \
+	tree env env-newest env-sglang env-sglang-lowest env-compressor env-lint wheel clean
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
 
 demo: env ## serve the demo model with vLLM, ask it two questions, stop
 	$(VLLM)/lfm2 demo
@@ -82,6 +83,9 @@ references: ## what transformers answers to the prompts of `make test`, computed
 	LFM2_TEST_KEEP_REFERENCES=1 $(MAKE) test
 	rm -f tests/engine_common/kept_references/*.lock
 
+quantised-checkpoints: env-compressor ## the demo model quantised by llm-compressor, in .cache/quantised (a minute)
+	$(COMPRESSOR)/python examples/quantise_demo_model.py .cache/quantised
+
 lint: env-lint ## ruff (rules and format) and mypy
 	$(LINT)/ruff check .
 	$(LINT)/ruff format --check .
@@ -121,6 +125,9 @@ env-sglang:
 
 env-sglang-lowest:
 	@$(ENVIRONMENT) sglang-0.5.22
+
+env-compressor:
+	@$(ENVIRONMENT) llm-compressor
 
 env-lint:
 	@$(ENVIRONMENT) lint

@@ -13,7 +13,7 @@ from lfm2_plugin.checkpoint.names import linear_modules
 from lfm2_plugin.checkpoint.quantisation import PLAIN, UnsupportedQuantisation, explicit, read_plan
 from lfm2_plugin.checkpoint.spellings import alternate, hub_name
 from tests import tiny
-from tests.engine_common.quantised import W8A8
+from tests.engine_common.int8_weights import W8A8
 
 ARCH = Lfm2MoeArch.from_config(tiny.make_config())
 HUB = [module for module in linear_modules(ARCH) if module != "lm_head"]

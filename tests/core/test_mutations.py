@@ -22,7 +22,7 @@ from lfm2_plugin.checkpoint import CheckpointError, UnsupportedQuantisation, che
 from lfm2_plugin.checkpoint.names import expected_tensors
 from lfm2_plugin.reference import ReferenceModel
 from tests import tiny
-from tests.engine_common.quantised import W8A8
+from tests.engine_common.int8_weights import W8A8
 from tests.tiers import matrix
 
 SHAPE = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}

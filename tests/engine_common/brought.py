@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engine_common.checkpoints import altered, checkpoint
-from tests.engine_common.quantised import W8A8, w8a8
+from tests.engine_common.int8_weights import W8A8, w8a8
 
 Tensors = dict[str, torch.Tensor]
 SOURCE = "slim"

@@ -1,31 +1,38 @@
-"""Weights quantised by hand, as the formats define it."""
+"""Checkpoints of the demo model as llm-compressor itself writes them, in an environment of its own, made once."""
 
-from __future__ import annotations
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-from typing import Any
+from tests.engine_common.checkpoints import DEMO
+from tests.engine_common.engines import REPO, SHARED
+from tests.engine_common.shared_cache import made_once
 
-import torch
-
-W8A8: dict[str, Any] = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "quantization_status": "compressed",
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {
-                "num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False,
-            },
-            "input_activations": {
-                "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
-            },
-        }
-    },
-}  # fmt: skip
-"""The quantization_config of int8 weights by output channel and int8 activations by token, but for what it ignores."""
+SCRIPT = REPO / "examples" / "quantise_demo_model.py"
+ENVIRONMENT = REPO / "tools" / "environment.py"
+PYTHON = REPO / ".venvs" / "llm-compressor" / "bin" / "python"
 
 
-def w8a8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, columns) -> int8 values and scales (rows, 1); their product is the weight that is served."""
-    scale = (weight.float().abs().amax(1, keepdim=True) / 127).clamp_min(1e-8)
-    return (weight.float() / scale).round().clamp(-128, 127).to(torch.int8), scale
+def quantised(name: str) -> Path:
+    """The folder of one of the script's recipes, such as "w4a16-g32"; all are made at the first call, in a minute."""
+    sources = (SCRIPT, ENVIRONMENT, DEMO / "config.json", DEMO / "model.safetensors")
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    folder = made_once(SHARED / "quantised" / digest[:12], _make) / name
+    if not folder.is_dir():
+        raise ValueError(f"{SCRIPT.name} has no recipe {name!r}")
+    return folder
+
+
+def _make(folder: Path) -> None:
+    for command in ([sys.executable, ENVIRONMENT, "llm-compressor"], [PYTHON, SCRIPT, folder]):
+        done = subprocess.run(
+            command,
+            env=os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{command} failed:\n{done.stdout[-4000:]}")
