@@ -18,6 +18,7 @@ PLAIN = {
     "docs/architecture.md": "the way of one step",
     "docs/contracts.md": "engine field -> ConvBatch field",
     "docs/memory.md": "the table of cache memory, from vLLM's own planner",
+    "docs/quantised-checkpoints.md": "what llm-compressor writes, and how each method's lists are read",
     "docs/porting.md": "how to come to a new vLLM",
     "docs/gpu-verification.md": "what has run on a GPU, and what has to",
     "docs/decisions/": "one page for each choice that a reader would question",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lfm2_plugin.checkpoint.quantisation.weight_format import (
@@ -44,46 +44,33 @@ def formats(
                 f"quantization_config: {key} is not supported. Quantise the model without it."
             )
     by_target = _by_target(config)
-    ignore = strings(config, "ignore")
-    return {module: _format(module, by_target, ignore, held) for module in linears}
+    targets, ignore = _Entries(by_target), _Entries(strings(config, "ignore"))
+    found = {}
+    for module in linears:
+        target = None if ignore.first(module) else targets.first(module)
+        promised = PLAIN if target is None else by_target[target]
+        if is_router(module) and not ignore.first(module):
+            promised = held.decide(module, by_target.get(target or "Linear", PLAIN), promised)
+        found[module] = promised
+    return found
 
 
-def first_target(module: str, targets: Iterable[str]) -> str | None:
-    """The target that decides for a module: its name before a regular expression before its class."""
-    entries = sorted(targets, key=lambda entry: ("re:" in entry, entry))
-    for matches in (_matches_name, _matches_class):
-        for entry in entries:
-            if matches(module, entry):
+class _Entries:
+    """Targets or a list to ignore; a list may name each expert, so names are looked up."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        self._names = frozenset(entries)
+        self._patterns = sorted(entry for entry in self._names if entry.startswith("re:"))
+
+    def first(self, module: str) -> str | None:
+        """The entry that decides for a module: its name before a regular expression before its class."""
+        if module in self._names:
+            return module
+        for entry in self._patterns:
+            if begins_with(entry.removeprefix("re:"), module):
                 return entry
-    return None
-
-
-def is_ignored(module: str, ignore: Iterable[str]) -> bool:
-    """Whether an entry of ``ignore`` is the module's name, a regular expression for it, or its class."""
-    return any(_matches_name(module, entry) or _matches_class(module, entry) for entry in ignore)
-
-
-def _matches_name(module: str, entry: str) -> bool:
-    if entry.startswith("re:"):
-        return begins_with(entry.removeprefix("re:"), module)
-    return entry == module
-
-
-def _matches_class(module: str, entry: str) -> bool:
-    return entry in (_ROUTER if is_router(module) else _LINEAR)
-
-
-def _format(
-    module: str, by_target: Mapping[str, WeightFormat], ignore: Sequence[str], held: Held
-) -> WeightFormat:
-    if is_ignored(module, ignore):
-        return PLAIN
-    target = first_target(module, by_target)
-    if not is_router(module):
-        return PLAIN if target is None else by_target[target]
-    if target is not None:
-        return held.decide(module, by_target[target], by_target[target])
-    return held.decide(module, by_target["Linear"], PLAIN) if "Linear" in by_target else PLAIN
+        classes = _ROUTER if is_router(module) else _LINEAR
+        return next((name for name in classes if name in self._names), None)
 
 
 def _by_target(config: Mapping[str, Any]) -> dict[str, WeightFormat]:

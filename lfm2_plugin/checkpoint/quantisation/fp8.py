@@ -31,9 +31,10 @@ def formats(
     """
     made = _format(config)
     entries = strings(config, "modules_to_not_convert") + strings(config, "ignored_layers")
+    ends, beginnings = tuple(entries), [entry.removeprefix("re:") for entry in entries]
     found = {}
     for module in linears:
-        if any(_matches(module, entry) for entry in entries):
+        if module.endswith(ends) or any(begins_with(entry, module) for entry in beginnings):
             found[module] = PLAIN
         elif is_router(module) or module == "lm_head":
             # transformers leaves the head out by itself, and the router, which is no Linear, too.
@@ -41,10 +42,6 @@ def formats(
         else:
             found[module] = made
     return found
-
-
-def _matches(module: str, entry: str) -> bool:
-    return begins_with(entry.removeprefix("re:"), module) or module.endswith(entry)
 
 
 def _format(config: Mapping[str, Any]) -> WeightFormat:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import cache
 from typing import Any
 
 from lfm2_plugin.checkpoint.quantisation.weight_format import (
@@ -19,6 +21,7 @@ from lfm2_plugin.checkpoint.quantisation.weight_format import (
     strings,
 )
 
+_WILDCARD = frozenset("*?[")
 MIXED = "MIXED_PRECISION"
 ALGORITHMS = {
     "FP8": WeightFormat(
@@ -80,13 +83,21 @@ def formats(
 
 def is_ignored(module: str, ignore: Iterable[str]) -> bool:
     """Whether an entry of ``ignore`` means the module."""
-    parts = module.split(".")
+    dotted = f".{module}."
     for entry in ignore:
-        if f".{entry}." in f".{module}." or fnmatchcase(module, entry):
+        if f".{entry}." in dotted:
             return True
-        if any(fnmatchcase(part, entry) for part in parts):
+        if _WILDCARD.isdisjoint(entry):
+            continue
+        wanted = _wildcard(entry)
+        if wanted.match(module) or ("." not in entry and any(map(wanted.match, module.split(".")))):
             return True
     return False
+
+
+@cache
+def _wildcard(entry: str) -> re.Pattern[str]:
+    return re.compile(translate(entry))  # which is a regular expression whatever the entry is
 
 
 def _algorithm(name: Any) -> WeightFormat:

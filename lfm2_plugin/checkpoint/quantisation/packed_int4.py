@@ -57,7 +57,7 @@ def gptq_formats(
     "-:" in front, leaves modules out. Without the former the file decides, since tools leave out modules that they
     don't list.
     """
-    listed = list(_flat(config.get("modules_in_block_to_quantize") or ()))
+    listed = tuple(_flat(config.get("modules_in_block_to_quantize") or ()))
     dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, Mapping):
         raise UnsupportedQuantisation(
@@ -71,7 +71,7 @@ def gptq_formats(
             continue
         made = _gptq(config, overrides)
         if listed and module != "lm_head":
-            found[module] = made if any(module.endswith(entry) for entry in listed) else PLAIN
+            found[module] = made if module.endswith(listed) else PLAIN
         else:
             found[module] = held.decide(module, made, PLAIN if is_router(module) else made)
     return found

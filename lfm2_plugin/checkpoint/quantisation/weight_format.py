@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 Dtypes = frozenset[str]  # as the header of a safetensors file writes them
@@ -88,16 +89,22 @@ def strings(config: Mapping[str, Any], key: str) -> list[str]:
     return list(found)
 
 
-def begins_with(pattern: str, name: str) -> bool:
-    """Whether the regular expression matches at the beginning of the name.
+@cache
+def compiled(pattern: str) -> re.Pattern[str]:
+    """The regular expression of an entry; there are more entries in some lists than the cache of ``re`` holds.
 
     Raises:
-        UnsupportedQuantisation: it is no regular expression.
+        UnsupportedQuantisation: it is none.
     """
     try:
-        return re.match(pattern, name) is not None
+        return re.compile(pattern)
     except re.error as error:
         raise UnsupportedQuantisation(
             f"quantization_config: {pattern!r} is not a regular expression ({error}). "
             "Correct the checkpoint's config.json."
         ) from error
+
+
+def begins_with(pattern: str, name: str) -> bool:
+    """Whether the regular expression matches at the beginning of the name; raises as :func:`compiled`."""
+    return compiled(pattern).match(name) is not None
