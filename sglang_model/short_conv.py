@@ -80,7 +80,9 @@ class Lfm2ShortConv(nn.Module):
 
     def _convolve(self, bcx: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         states = get_attn_backend().short_conv_backend
-        return states.convolve(self.layer_id, bcx, self.conv.weight, self.conv.bias, forward_batch)
+        return states.convolve(
+            self.layer_id, bcx, self.conv.by_channel, self.conv.bias, forward_batch
+        )
 
     @eager_on_graph(capture_stub=_zeros_while_captured)
     def _convolve_in_gap(self, bcx: torch.Tensor, mixed: torch.Tensor) -> None:

@@ -109,7 +109,7 @@ class Lfm2ShortConv(nn.Module):
             return
         metadata, state = step
         short_conv(
-            hidden_states, self.conv.weight, self.conv.bias, state, metadata.batch, out=output
+            hidden_states, self.conv.by_channel, self.conv.bias, state, metadata.batch, out=output
         )
 
     def forward_cuda(self, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
@@ -131,7 +131,7 @@ class Lfm2ShortConv(nn.Module):
             self._write_checkpoints(u[decode:], state, metadata)
             mixed = causal_conv1d_fn(
                 u[decode:].transpose(0, 1),
-                self.conv.weight,
+                self.conv.by_channel,
                 self.conv.bias,
                 conv_states=state,
                 query_start_loc=metadata.query_start_loc_p,
@@ -156,7 +156,7 @@ class Lfm2ShortConv(nn.Module):
         return causal_conv1d_update(
             u.contiguous(),
             state,
-            self.conv.weight,
+            self.conv.by_channel,
             self.conv.bias,
             activation=None,
             conv_state_indices=metadata.state_indices_tensor_d,
@@ -170,7 +170,7 @@ class Lfm2ShortConv(nn.Module):
         batch = metadata.batch
         if batch is None or batch.checkpoint_offsets is None:
             return
-        width = self.conv.weight.shape[1] - 1
+        width = self.conv.weight.shape[0] - 1
         ends = metadata.query_start_loc_p[:-1] + batch.checkpoint_offsets
         rows = ends.unsqueeze(1) + torch.arange(-width, 0, device=u.device)
         # A row without a checkpoint writes what it finds to the null block, which nobody reads.

@@ -126,7 +126,7 @@ def captured_and_replayed(model) -> dict:
         global_num_token_non_padded_cpu = 5
 
     layer._convolve = convolve
-    dim = layer.conv.weight.shape[0]
+    dim = layer.conv.weight.shape[1]
     buffer, mixed = torch.randn(8, 3 * dim), torch.full((8, dim), float("nan"))
     graph = BreakableCUDAGraph()
     with _NothingRecorded(graph):

@@ -56,10 +56,7 @@ def auxiliary_hidden_states(model) -> dict:
 
 
 def partial_weight_update(model) -> dict:
-    """Load a norm and a convolution of a served model, as a weight update does; then a wrong name.
-
-    Not a projection: on a CPU vLLM has packed those and let the originals go.
-    """
+    """Load a norm and a convolution of a served model, as a weight update does; then a wrong name."""
     norm = model.model.layers[0].operator_norm.weight
     conv = model.model.layers[0].short_conv.conv.weight
     other = model.model.layers[1].operator_norm.weight.clone()
@@ -67,7 +64,7 @@ def partial_weight_update(model) -> dict:
     loaded = model.load_weights(
         [
             ("model.layers.0.operator_norm.weight", new_norm),
-            ("model.layers.0.conv.conv.weight", new_conv.unsqueeze(1)),
+            ("model.layers.0.conv.conv.weight", new_conv.t().unsqueeze(1)),
         ]
     )
     try:

@@ -37,7 +37,7 @@ def conv_without_metadata(model) -> dict:
     from vllm.forward_context import set_forward_context
 
     layer = conv_layers(model)[0]
-    width = layer.conv.weight.shape[0]
+    width = model.config.hidden_size
     takes_bcx = type(layer).__module__.startswith("vllm_model")
     left = {}
     with set_forward_context(None, VllmConfig()):
