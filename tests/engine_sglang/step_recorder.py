@@ -8,8 +8,11 @@ import json
 from pathlib import Path
 
 from sglang.srt.managers.scheduler import Scheduler, run_scheduler_process
+from sglang.srt.model_loader import loader
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
+
+from tests.engine_common.poison import poison
 
 
 class RecordingScheduler(Scheduler):
@@ -63,10 +66,20 @@ class RecordingScheduler(Scheduler):
         self._answer(folder, function(self._model, **arguments))
 
 
+def poisoned_model(build, *args, **kwargs):
+    """As SGLang's loaders make a model, parameters that nothing is loaded into being NaN."""
+    return poison(build(*args, **kwargs))
+
+
 def run_recording_scheduler(*args, **kwargs) -> None:
-    """SGLang's scheduler process with the recording scheduler in it."""
+    """SGLang's scheduler process with the recording scheduler and poisoned parameters in it."""
+    build = loader._initialize_model
     HookRegistry.register(
         "sglang.srt.managers.scheduler.Scheduler", RecordingScheduler, HookType.REPLACE
     )
+    HookRegistry.register(
+        "sglang.srt.model_loader.loader._initialize_model", poisoned_model, HookType.AROUND
+    )
     HookRegistry.apply_hooks()
+    assert loader._initialize_model is not build  # SGLang only logs what it couldn't hook
     run_scheduler_process(*args, **kwargs)

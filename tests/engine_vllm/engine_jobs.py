@@ -9,8 +9,11 @@ import zlib
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.sampling_params import StructuredOutputsParams
 
+from tests.engine_common.poison import poison
 from tests.engine_vllm.forking_executor import ForkingExecutor
 
 DEFAULTS = {
@@ -24,6 +27,15 @@ DEFAULTS = {
 }
 SEVERAL_PROCESSES = {"tensor_parallel_size", "pipeline_parallel_size"}
 FORKED = {"distributed_executor_backend": ForkingExecutor}
+
+
+@register_model_loader("auto")
+@register_model_loader("hf")
+class PoisoningLoader(DefaultModelLoader):
+    """vLLM's loader of checkpoints, for models whose parameters are NaN until something is loaded into them."""
+
+    def create_model(self, *args, **kwargs):
+        return poison(super().create_model(*args, **kwargs))
 
 
 def run_engine(model: str, engine: dict[str, Any], steps: list[dict[str, Any]]) -> dict[str, Any]:
