@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import vllm.model_executor.layers.mamba.short_conv  # noqa: F401  (registers torch.ops.vllm.short_conv)
+from torch import nn
 from vllm import __version__ as vllm_version
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CompilationMode, VllmConfig
@@ -49,6 +50,7 @@ from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -71,7 +73,12 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
+    UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _place_kernel_tensors,
+    get_layerwise_info,
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import (
@@ -155,7 +162,9 @@ __all__ = [
     "SupportsLoRA",
     "SupportsPP",
     "SupportsQuant",
+    "UnquantizedEmbeddingMethod",
     "UnquantizedFusedMoEMethod",
+    "UnquantizedLinearMethod",
     "UnquantizedMoeBackend",
     "VllmConfig",
     "VocabParallelEmbedding",
@@ -170,6 +179,7 @@ __all__ = [
     "conv_state_shape",
     "default_weight_loader",
     "device_type",
+    "end_reload",
     "expert_ranks",
     "extract_layer_index",
     "get_adapter_absolute_path",
@@ -180,7 +190,9 @@ __all__ = [
     "get_tensor_model_parallel_world_size",
     "init_logger",
     "is_conv_state_dim_first",
+    "is_half_reloaded",
     "is_in_target_modules",
+    "is_reloading",
     "is_unused",
     "make_empty_intermediate_tensors_factory",
     "make_layers",
@@ -352,6 +364,35 @@ def pipeline_needs_compilation(vllm_config: VllmConfig) -> bool:
         and vllm_config.parallel_config.pipeline_parallel_size > 1
         and (eager or vllm_config.compilation_config.mode == CompilationMode.NONE)
     )
+
+
+def is_reloading(module: nn.Module) -> bool:
+    """Whether vLLM holds back what is loaded into a module until all of it has come, in a weight update."""
+    return get_layerwise_info(module).kernel_tensors is not None
+
+
+def is_half_reloaded(module: nn.Module) -> bool:
+    """Whether in such an update a part of a module's weights has come and a part hasn't."""
+    info = get_layerwise_info(module)
+    return is_reloading(module) and 0 < info.load_numel < (info.load_numel_total or 0)
+
+
+def end_reload(module: nn.Module) -> None:
+    """Let what is loaded into a module be written at once: the parameters in use are its parameters again.
+
+    For the length of an update vLLM has put others in their place, without memory, whose loaders collect.
+    """
+    info = get_layerwise_info(module)
+    if info.kernel_tensors is None:
+        return
+    _place_kernel_tensors(module, info)
+    for parameter in module.parameters(recurse=False):  # those that vLLM doesn't replace, biases
+        loader = getattr(parameter, "weight_loader", None)
+        if loader is not None:
+            parameter.weight_loader = inspect.unwrap(
+                loader, stop=lambda f: getattr(f, "__name__", "") != "online_process_loader"
+            )
+    info.reset()
 
 
 def quantiser_is_there(quant_config: QuantizationConfig | None) -> bool:

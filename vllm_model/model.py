@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from lfm2_plugin.arch import Lfm2MoeArch
 
 from .attention import Lfm2MoeAttention
 from .conv_state import ConvStatePage, page_shape, pages_of_stage
+from .cpu_weights import PackedWeights
 from .engine_api import (
     EagleModelMixin,
     HasInnerState,
@@ -43,6 +45,7 @@ from .engine_api import (
     make_empty_intermediate_tensors_factory,
     make_layers,
     maybe_prefix,
+    on_cpu,
     pipeline_stages,
     support_torch_compile,
 )
@@ -204,8 +207,8 @@ class Lfm2MoeForCausalLM(
         self.config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config
         self.vllm_config = vllm_config
-        # Dummy weights are never loaded, so the first load that comes may be a partial update.
-        self.weights_loaded = vllm_config.load_config.load_format == "dummy"
+        self.weights_loaded = False
+        self.half_written = False
         with named_without_kernel(vllm_config.quant_config):
             self.model = Lfm2MoeModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
@@ -222,6 +225,7 @@ class Lfm2MoeForCausalLM(
         self.logits_processor = LogitsProcessor(arch.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         self._count_experts(vllm_config)
+        self.packed = PackedWeights(self) if on_cpu() else None
         logger.info("LFM2-MoE is served by %s.%s.", type(self).__module__, type(self).__name__)
 
     @property
@@ -300,8 +304,31 @@ class Lfm2MoeForCausalLM(
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Logits (T, V) of hidden states (T, D).
+
+        Raises:
+            RuntimeError: a weight update has failed halfway, and the weights are of no checkpoint.
+        """
+        if self.half_written:
+            raise RuntimeError(
+                "A weight update failed halfway, so the model has weights of two checkpoints. Load all weights of one, "
+                "or start the engine anew."
+            )
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint, or a part of one as in a weight update; see ``weights.py``."""
         return load_weights(self, self.vllm_config, weights)
+
+    def process_weights_after_loading(self) -> None:
+        """vLLM's hook after the first load, whichever of its loaders that was; a later load may be a partial update."""
+        self.weights_loaded = True
+        if self.packed is not None:
+            self.packed.are_packed()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As every module's; on a CPU of plain weights, whatever vLLM has made of them, so that they can be loaded."""
+        if self.packed is None:
+            return super().state_dict(*args, **kwargs)
+        with self.packed.all_plain():
+            return super().state_dict(*args, **kwargs)

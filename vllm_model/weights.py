@@ -6,7 +6,7 @@ engine streams is checked again as it comes (:func:`load_weights`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from lfm2_plugin.checkpoint.quantisation import explicit
 from lfm2_plugin.checkpoint.readers import holds_weights
 from lfm2_plugin.checkpoint.spellings import hub_name
 
+from .cpu_weights import writable
 from .engine_api import (
     RoutedExperts,
     VllmConfig,
@@ -95,21 +96,30 @@ def load_weights(
 
     Raises:
         CheckpointError: a tensor that the model doesn't have, or has in another shape or dtype; or, in the first load
-            of a model whose parameters hold nothing yet, a tensor that never came or a parameter that stayed empty.
+            of a model whose parameters hold nothing yet or the half of an update, a tensor that never came or a
+            parameter that stayed empty.
+        ValueError: a part of a layer that vLLM can replace as a whole only.
     """
+    all_must_come = model.half_written or not model.weights_loaded
     ledger = Ledger(model.arch, model.quantisation)
-    loader = VllmLoader(model, vllm_config)
-    loader.load(ledger, weights)
-    if not model.weights_loaded:
-        # With expert parallelism the engine may leave out what belongs to other ranks.
-        all_experts = not vllm_config.parallel_config.enable_expert_parallel
-        ledger.finish(loader.unfilled(), all_experts=all_experts)
-        model.weights_loaded = True
+    with writable(model) as open_parameter:
+        loader = VllmLoader(model, vllm_config, open_parameter)
+        loader.load(ledger, weights)
+        if all_must_come:
+            # With expert parallelism the engine may leave out what belongs to other ranks.
+            all_experts = not vllm_config.parallel_config.enable_expert_parallel
+            ledger.finish(loader.unfilled(), all_experts=all_experts)
+            model.weights_loaded = True
+    model.half_written = False
     return loader.loaded
 
 
 class VllmLoader(Loader):
-    """Writes by the loaders that vLLM's layers give their parameters."""
+    """Writes by the loaders that vLLM's layers give their parameters.
+
+    Args:
+        open_parameter: makes the parameter of a name writable.
+    """
 
     modules = {  # noqa: RUF012
         "conv.in_proj": "short_conv.in_proj",
@@ -119,14 +129,23 @@ class VllmLoader(Loader):
         "self_attn.scales": "self_attn.attn",
     }
 
-    def __init__(self, model: Lfm2MoeForCausalLM, vllm_config: VllmConfig) -> None:
+    def __init__(
+        self,
+        model: Lfm2MoeForCausalLM,
+        vllm_config: VllmConfig,
+        open_parameter: Callable[[str], None],
+    ) -> None:
         super().__init__(model, range(model.model.start_layer, model.model.end_layer))
+        self._model = model
+        self._open_parameter = open_parameter
         self._quant_config = vllm_config.quant_config
         self._kv_is_quantised = vllm_config.cache_config.cache_dtype.startswith("fp8")
         self._experts = [m for m in model.modules() if isinstance(m, RoutedExperts)]
         self._physical = physical_experts(self._experts[0]) if self._experts else {}
 
     def write(self, where: Place, parameter: nn.Parameter, tensor: torch.Tensor) -> bool:
+        self._open_parameter(where.parameter)
+        self._model.half_written = True
         loader = getattr(parameter, "weight_loader", default_weight_loader)
         if where.expert is None:
             loader(parameter, tensor, *(() if where.shard is None else (where.shard,)))

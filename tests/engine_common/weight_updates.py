@@ -1,0 +1,150 @@
+"""What replacing the weights of a serving engine has to give, whatever the engine: the tokens of the new checkpoint.
+
+An engine's suite has a fixture ``update`` that runs one engine of a checkpoint with steps: "generate", its ways of
+updating ({"op": way, "folder": ...}, with "names" for a part), and "save", which leaves a sharded state in a folder.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tests.engine_common.checkpoints import altered, checkpoint
+from tests.engine_common.hf_reference import greedy
+from tests.engine_common.references import NEW_TOKENS, Case, assert_same, cases
+from tests.tolerances import CLEAR_MARGIN
+
+COUNT = 60
+UPDATES = 50
+ASKED_AFTER = (1, 2, 3, UPDATES)
+PARTS = (
+    "model.layers.0.feed_forward.w1.weight",  # half of a merged matrix
+    "model.layers.1.conv.conv.weight",
+    "model.layers.1.conv.in_proj.weight",
+    "model.layers.2.self_attn.k_proj.weight",  # a part of another
+    "model.layers.2.ffn_norm.weight",
+    "model.layers.4.feed_forward.experts.3.w2.weight",
+    "model.layers.4.feed_forward.experts.5.w1.weight",
+)
+Update = Callable[..., list]
+
+
+def ask(model: str) -> dict:
+    return {"prompts": [c.prompt for c in cases(model, COUNT)]}
+
+
+def named_tensors(folder: str, names: list | None = None) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint of one file, all or the named ones.
+
+    A name may be given as [name in the file, name that the engine is told].
+    """
+    from safetensors.torch import load_file
+
+    (file,) = Path(folder).glob("*.safetensors")
+    tensors = load_file(file)
+    pairs = [name if isinstance(name, list) else [name, name] for name in names or tensors]
+    return [(told, tensors[name]) for name, told in pairs]
+
+
+def copy_without_weights(source: Path, target: Path) -> None:
+    """The config and whatever else lies beside a checkpoint's weights."""
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
+            shutil.copy(path, target / path.name)
+
+
+def stacked(source: Path, target: Path) -> Path:
+    """The checkpoint with the experts of a layer in two tensors, as transformers has them in memory."""
+
+    def stack(tensors: dict[str, torch.Tensor]) -> None:
+        experts = [name for name in tensors if ".experts." in name]
+        layers = sorted({name.partition(".experts.")[0] for name in experts})
+        for layer in layers:
+            count = sum(
+                n.startswith(f"{layer}.experts.") and n.endswith(".w2.weight") for n in experts
+            )
+            each = [
+                {w: tensors.pop(f"{layer}.experts.{e}.{w}.weight") for w in ("w1", "w2", "w3")}
+                for e in range(count)
+            ]
+            gate_up = [torch.cat([expert["w1"], expert["w3"]]) for expert in each]
+            tensors[f"{layer}.experts.gate_up_proj"] = torch.stack(gate_up)
+            tensors[f"{layer}.experts.down_proj"] = torch.stack([expert["w2"] for expert in each])
+
+    return altered(source, target, stack)
+
+
+def fifty_updates(
+    update: Update, folders: tuple[Path, Path], model: str, ways: list[str], saved: Path, **engine
+) -> None:
+    """To the other checkpoint and back again, each time in the next of the ``ways``; at the end the state is saved.
+
+    Prefixes of the old weights are in the prefix cache, and must not be found after an update.
+
+    Args:
+        folders: the weights of ``model`` and of its counterpart, under whichever names.
+        saved: a folder for the sharded state, which the engine then is started from.
+    """
+    names = (model, f"{model}_other")
+    steps, asked = [ask(model)], [model]
+    for count in range(1, UPDATES + 1):
+        steps.append({"op": ways[count % len(ways)], "folder": str(folders[count % 2])})
+        asked.append("")
+        if count in ASKED_AFTER:
+            steps.append(ask(names[count % 2]))
+            asked.append(names[count % 2])
+    steps.append({"op": "save", "folder": str(saved)})
+    results = update(checkpoint(model), steps, **engine)
+    for step, name, result in zip(steps, asked, results, strict=False):
+        if name:
+            assert_same(result, cases(name, COUNT))
+        else:
+            assert result["success"], (step, result)
+    (again,) = update(saved, [ask(model)], load_format="sharded_state", **engine)
+    assert_same(again, cases(model, COUNT))
+
+
+def a_part(update: Update, folder: Path, model: str, ways: list[str], **engine) -> None:
+    """Single tensors, parts of merged matrices and of experts among them: all the rest stays.
+
+    Args:
+        folder: takes the checkpoint that an engine with these tensors of the other one has.
+    """
+    other = checkpoint(f"{model}_other")
+
+    def take(tensors: dict[str, torch.Tensor]) -> None:
+        tensors |= dict(named_tensors(str(other), list(PARTS)))
+
+    mixed = altered(checkpoint(model), folder, take)
+    prompts = [c.prompt for c in cases(model, COUNT)]
+    pairs = zip(prompts, greedy(mixed, prompts, NEW_TOKENS), strict=True)
+    asked = [Case(p, a) for p, a in pairs if min(a.margins) >= CLEAR_MARGIN]
+    generate = {"prompts": [c.prompt for c in asked]}
+    steps = [dict(generate)]
+    for way in ways:
+        steps += [
+            {"op": way, "folder": str(other), "names": list(PARTS)},
+            dict(generate),
+            {"op": "from_disk", "folder": str(checkpoint(model))},
+        ]
+    results = update(checkpoint(model), steps, **engine)
+    old = [out["tokens"] for out in results[0]]
+    for index, way in enumerate(ways):
+        done, outputs, back = results[1 + 3 * index : 4 + 3 * index]
+        assert done["success"], (way, done)
+        assert back["success"], (way, back)
+        assert_same(outputs, asked)
+    changed = [before != out["tokens"] for before, out in zip(old, outputs, strict=True)]
+    assert sum(changed) > len(asked) / 2
+
+
+def misnamed(folder: Path) -> tuple[Path, str]:
+    """A checkpoint one of whose tensors, not the first, has a name that no model knows; and that name."""
+    name, wrong = "model.layers.0.operator_norm.weight", "model.layers.0.operator_norm.wieght"
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[wrong] = tensors.pop(name)
+
+    return altered(checkpoint("alpha_other"), folder, rename), wrong
