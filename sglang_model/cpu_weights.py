@@ -1,4 +1,4 @@
-"""The weights of a model on a CPU: packed for the product while serving, plain while they are loaded or updated.
+"""The weights of a model on a CPU: packed for the product while serving, plain while they are loaded, updated or saved.
 
 A packed weight replaces the plain one, whose memory is given back, except in a tied embedding, which is also read by
 row.
@@ -6,6 +6,8 @@ row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,16 +68,28 @@ class PackedWeights:
     def open(self, parameter: str) -> None:
         """Make the parameter of that name plain, so that it can be written; :meth:`close` packs it again."""
         module = self._model.get_submodule(parameter.rpartition(".")[0])
-        module = getattr(module, "base_layer", module)  # within SGLang's LoRA layer
-        if module not in self._open:
-            self._unpack(module)
-            self._open.add(module)
+        self._open_module(getattr(module, "base_layer", module))  # within SGLang's LoRA layer
 
     def close(self) -> None:
         """Pack again what was opened."""
         for module in self._open:
             self._pack(module)
         self._open.clear()
+
+    @contextmanager
+    def all_plain(self) -> Iterator[None]:
+        """For the time of a save, all parameters plain."""
+        try:
+            for module in self._model.modules():
+                self._open_module(module)
+            yield
+        finally:
+            self.close()
+
+    def _open_module(self, module: nn.Module) -> None:
+        if module not in self._open:
+            self._unpack(module)
+            self._open.add(module)
 
     def _pack(self, module: nn.Module) -> None:
         method = getattr(module, "quant_method", None)

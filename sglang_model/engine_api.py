@@ -227,13 +227,6 @@ def kv_cache_is_quantised() -> bool:
     return get_server_args().kv_cache_dtype not in ("auto", "bf16", "bfloat16")
 
 
-def weights_are_dummy() -> bool:
-    """Whether the weights are random and no checkpoint will be read."""
-    from sglang.srt.runtime_context import get_model
-
-    return get_model().load_format == "dummy"
-
-
 def add_attention_choice(name: str) -> None:
     """Let ``--attention-backend`` take ``name``; safe to call again."""
     from sglang.srt.arg_groups.choices import (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,6 @@ from .engine_api import (
     get_parallel,
     make_layers,
     prefill_graphs_are_wanted,
-    weights_are_dummy,
 )
 from .feed_forward import Lfm2MoeExperts, Lfm2MoeMlp
 from .lora import dimensions, serve_adapters, slices
@@ -199,8 +199,7 @@ class Lfm2MoeForCausalLM(nn.Module):
         config.use_state_dtype(torch.get_default_dtype())
         self.config = config
         self.quant_config = quant_config
-        # Dummy weights are never loaded, so the first load that comes may be a partial update.
-        self.weights_loaded = weights_are_dummy()
+        self.weights_loaded = False
         self.packed: PackedWeights | None = None
         self.model = Lfm2MoeModel(arch, quant_config, add_prefix("model", prefix))
         if not self.model.last_stage:
@@ -260,6 +259,17 @@ class Lfm2MoeForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint, or a part of one as in a weight update; see ``weights.py``."""
         return load_weights(self, weights)
+
+    def post_load_weights(self) -> None:
+        """SGLang's hook for its loaders that fill the parameters themselves; a later load may be a partial update."""
+        self.weights_loaded = True
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As every module's; on a CPU of plain weights, although we serve packed ones, so that they can be loaded."""
+        if self.packed is None:
+            return super().state_dict(*args, **kwargs)
+        with self.packed.all_plain():
+            return super().state_dict(*args, **kwargs)
 
     def serve_packed(self) -> None:
         """Keep weights in the form that a CPU reads fastest; our CPU platform calls this after the first load."""

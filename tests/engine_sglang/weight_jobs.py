@@ -3,7 +3,10 @@
 import time
 from pathlib import Path
 
+from tests.engine_common.weight_updates import copy_without_weights, named_tensors
 from tests.engine_sglang import engine_jobs
+
+PIECE = 40
 
 
 def wait_until_idle(llm) -> None:
@@ -21,28 +24,26 @@ def from_disk(llm, folder: str) -> dict:
     return {"success": success, "message": message}
 
 
-def from_tensors(llm, folder: str, names: list[str] | None = None, piece: int = 40) -> dict:
-    """The same out of this process' memory, some tensors at a time; all of them or the named ones.
-
-    A name may be given as [name in the file, name that the engine is told].
-    """
-    from safetensors.torch import load_file
-
-    (file,) = Path(folder).glob("*.safetensors")
-    tensors = load_file(file)
-    pairs = [n if isinstance(n, list) else [n, n] for n in (names or tensors)]
+def from_tensors(llm, folder: str, names: list | None = None) -> dict:
+    """The same out of this process' memory, some tensors at a time; all of them or the named ones."""
+    pairs = named_tensors(folder, names)
     wait_until_idle(llm)
     llm.begin_weight_update()
-    for start in range(0, len(pairs), piece):
-        part = [(told, tensors[name]) for name, told in pairs[start : start + piece]]
-        success, message = llm.update_weights_from_tensor(part)[:2]
+    for start in range(0, len(pairs), PIECE):
+        success, message = llm.update_weights_from_tensor(pairs[start : start + PIECE])[:2]
         if not success:
             break
     llm.end_weight_update()
     return {"success": success, "message": message}
 
 
+def save(llm, folder: str) -> None:
+    """Leaves the engine's state, a file a rank, and what belongs to it in a folder."""
+    copy_without_weights(Path(llm.server_args.model_path), Path(folder))
+    llm.save_sharded_model(path=folder)
+
+
 def run_engine(model: str, engine: dict, steps: list[dict]) -> dict:
-    """As in ``engine_jobs``, with these steps: "from_disk" and "from_tensors"."""
-    engine_jobs.STEPS |= {"from_disk": from_disk, "from_tensors": from_tensors}
+    """As in ``engine_jobs``, with the steps above."""
+    engine_jobs.STEPS |= {step.__name__: step for step in (from_disk, from_tensors, save)}
     return engine_jobs.run_engine(model, engine, steps)
