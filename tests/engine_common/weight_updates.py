@@ -4,12 +4,12 @@ An engine's suite has a fixture ``update`` that runs one engine of a checkpoint 
 updating ({"op": way, "folder": ...}, with "names" for a part), and "save", which leaves a sharded state in a folder.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from tests.engine_common.checkpoint_files import named_tensors
 from tests.engine_common.checkpoints import altered, checkpoint
 from tests.engine_common.hf_reference import greedy
 from tests.engine_common.references import NEW_TOKENS, Case, assert_same, cases
@@ -34,27 +34,6 @@ def ask(model: str) -> dict:
     return {"prompts": [c.prompt for c in cases(model, COUNT)]}
 
 
-def named_tensors(folder: str, names: list | None = None) -> list[tuple[str, torch.Tensor]]:
-    """The tensors of a checkpoint of one file, all or the named ones.
-
-    A name may be given as [name in the file, name that the engine is told].
-    """
-    from safetensors.torch import load_file
-
-    (file,) = Path(folder).glob("*.safetensors")
-    tensors = load_file(file)
-    pairs = [name if isinstance(name, list) else [name, name] for name in names or tensors]
-    return [(told, tensors[name]) for name, told in pairs]
-
-
-def copy_without_weights(source: Path, target: Path) -> None:
-    """The config and whatever else lies beside a checkpoint's weights."""
-    target.mkdir(parents=True)
-    for path in source.iterdir():
-        if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
-            shutil.copy(path, target / path.name)
-
-
 def stacked(source: Path, target: Path) -> Path:
     """The checkpoint with the experts of a layer in two tensors, as transformers has them in memory."""
 
@@ -77,15 +56,20 @@ def stacked(source: Path, target: Path) -> Path:
 
 
 def fifty_updates(
-    update: Update, folders: tuple[Path, Path], model: str, ways: list[str], saved: Path, **engine
+    update: Update,
+    folders: tuple[Path, Path],
+    model: str,
+    ways: list[str],
+    saved: Path | None,
+    **engine,
 ) -> None:
-    """To the other checkpoint and back again, each time in the next of the ``ways``; at the end the state is saved.
+    """To the other checkpoint and back again, each time in the next of the ``ways``; at the end the state may be saved.
 
     Prefixes of the old weights are in the prefix cache, and must not be found after an update.
 
     Args:
         folders: the weights of ``model`` and of its counterpart, under whichever names.
-        saved: a folder for the sharded state, which the engine then is started from.
+        saved: a folder for the sharded state, which an engine then is started from; None: it isn't saved.
     """
     names = (model, f"{model}_other")
     steps, asked = [ask(model)], [model]
@@ -95,15 +79,17 @@ def fifty_updates(
         if count in ASKED_AFTER:
             steps.append(ask(names[count % 2]))
             asked.append(names[count % 2])
-    steps.append({"op": "save", "folder": str(saved)})
+    if saved is not None:
+        steps.append({"op": "save", "folder": str(saved)})
     results = update(checkpoint(model), steps, **engine)
     for step, name, result in zip(steps, asked, results, strict=False):
         if name:
             assert_same(result, cases(name, COUNT))
         else:
             assert result["success"], (step, result)
-    (again,) = update(saved, [ask(model)], load_format="sharded_state", **engine)
-    assert_same(again, cases(model, COUNT))
+    if saved is not None:
+        (again,) = update(saved, [ask(model)], load_format="sharded_state", **engine)
+        assert_same(again, cases(model, COUNT))
 
 
 def a_part(update: Update, folder: Path, model: str, ways: list[str], **engine) -> None:

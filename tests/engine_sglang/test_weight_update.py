@@ -31,21 +31,22 @@ def update(server):
 
 
 @pytest.mark.parametrize(
-    ("model", "names", "options"),
+    ("model", "names", "saves", "options"),
     [
-        ("alpha", "per expert", {}),
-        ("alpha", "stacked", {}),
-        matrix("beta", "per expert", {}),
-        matrix("beta", "stacked", {"tp_size": 2}),
-        matrix("alpha", "stacked", {"tp_size": 2, "ep_size": 2}),
-        matrix("alpha", "per expert", {"disable_radix_cache": True}),
+        ("alpha", "per expert", True, {}),
+        ("alpha", "stacked", False, {}),
+        matrix("beta", "per expert", True, {}),
+        matrix("beta", "stacked", True, {"tp_size": 2}),
+        matrix("alpha", "stacked", True, {"tp_size": 2, "ep_size": 2}),
+        matrix("alpha", "per expert", True, {"disable_radix_cache": True}),
     ],
 )
-def test_fifty_updates_and_a_saved_state(update, tmp_path, model, names, options):
+def test_fifty_updates_and_a_saved_state(update, tmp_path, model, names, saves, options):
     folders = checkpoint(model), checkpoint(f"{model}_other")
     if names == "stacked":
         folders = tuple(stacked(folder, tmp_path / folder.name) for folder in folders)
-    fifty_updates(update, folders, model, WAYS, tmp_path / "saved", **options)
+    saved = tmp_path / "saved" if saves else None
+    fifty_updates(update, folders, model, WAYS, saved, **options)
 
 
 @pytest.mark.parametrize("model", ["alpha", matrix("beta")])

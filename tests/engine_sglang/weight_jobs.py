@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from tests.engine_common.weight_updates import copy_without_weights, named_tensors
+from tests.engine_common.checkpoint_files import copy_without_weights, named_tensors
 from tests.engine_sglang import engine_jobs
 
 PIECE = 40
@@ -40,7 +40,7 @@ def from_tensors(llm, folder: str, names: list | None = None) -> dict:
 def save(llm, folder: str) -> None:
     """Leaves the engine's state, a file a rank, and what belongs to it in a folder."""
     copy_without_weights(Path(llm.server_args.model_path), Path(folder))
-    llm.save_sharded_model(path=folder)
+    llm.save_sharded_model(path=folder, pattern=None, max_size=None)
 
 
 def run_engine(model: str, engine: dict, steps: list[dict]) -> dict:

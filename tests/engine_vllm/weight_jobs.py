@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.engine_common.weight_updates import copy_without_weights, named_tensors
+from tests.engine_common.checkpoint_files import copy_without_weights, named_tensors
 from tests.engine_vllm import engine_jobs
 
 PIECE = 40
