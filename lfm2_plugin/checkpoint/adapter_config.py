@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -99,8 +99,8 @@ class AdapterConfig:
         if wrong:
             raise AdapterError(f"In its {CONFIG_FILE} {', '.join(wrong)}. Save the adapter again.")
         return cls(
-            rank=rank,
-            alpha=alpha,
+            rank=cast(int, rank),  # looked at above
+            alpha=cast(float, alpha),
             rslora=rslora,
             rank_pattern=ranks,
             alpha_pattern=alphas,

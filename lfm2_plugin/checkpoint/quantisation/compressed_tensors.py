@@ -44,7 +44,7 @@ def formats(
                 f"quantization_config: {key} is not supported. Quantise the model without it."
             )
     by_target = _by_target(config)
-    targets, ignore = _Entries(by_target), _Entries(strings(config, "ignore"))
+    targets, ignore = Entries(by_target), Entries(strings(config, "ignore"))
     found = {}
     for module in linears:
         target = None if ignore.first(module) else targets.first(module)
@@ -55,7 +55,7 @@ def formats(
     return found
 
 
-class _Entries:
+class Entries:
     """Targets or a list to ignore; a list may name each expert, so names are looked up."""
 
     def __init__(self, entries: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from lfm2_plugin.checkpoint.quantisation.compressed_tensors import first_target
+from lfm2_plugin.checkpoint.quantisation.compressed_tensors import Entries
 from lfm2_plugin.checkpoint.quantisation.plan import QuantisationPlan, modules_by_engine_name
 from lfm2_plugin.checkpoint.quantisation.weight_format import strings
 
@@ -68,13 +68,14 @@ def _write_targets(
     groups = made["config_groups"]
     owner = {target: name for name, scheme in groups.items() for target in scheme["targets"]}
     chosen: dict[str, set[str]] = {name: set() for name in groups}
+    targets = Entries(owner)
     for module in plan.quantised_modules:
         # A router is no Linear in transformers 5, but is written with them where a file holds it quantised.
-        chosen[owner[first_target(module, owner) or _CLASS]] |= _both({module}, hub_name)
+        chosen[owner[targets.first(module) or _CLASS]] |= _both({module}, hub_name)
     for name, scheme in groups.items():
-        targets = strings(scheme, "targets")
-        names = chosen[name] & {_HEAD} if _CLASS in targets else chosen[name]
-        classes = [t for t in targets if "." not in t and not t.startswith("re:") and t != _HEAD]
+        told = strings(scheme, "targets")
+        names = chosen[name] & {_HEAD} if _CLASS in told else chosen[name]
+        classes = [t for t in told if "." not in t and not t.startswith("re:") and t != _HEAD]
         scheme["targets"] = classes + sorted(names)
 
 
