@@ -73,10 +73,8 @@ def formats(
     made = _algorithm(algorithm)
     found = {}
     for module in linears:
-        open_ = is_router(
-            module
-        )  # no Linear in transformers 5, so releases before 0.40 did not list it
-        decided = held.decide(module, made, PLAIN) if open_ else made
+        # The router is no Linear in transformers 5, so not every release lists it.
+        decided = held.decide(module, made, PLAIN) if is_router(module) else made
         found[module] = PLAIN if is_ignored(module, ignore) else decided
     return found
 
