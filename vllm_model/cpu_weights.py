@@ -19,6 +19,8 @@ from .engine_api import (
     RoutedExperts,
     UnquantizedEmbeddingMethod,
     UnquantizedLinearMethod,
+)
+from .engine_weights import (
     end_reload,
     is_half_reloaded,
     is_reloading,

@@ -7,15 +7,10 @@ a capability, never for a version, and says which version needs it.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
-from collections.abc import Mapping
-from operator import attrgetter
-from typing import Any
 
 import torch
 import vllm.model_executor.layers.mamba.short_conv  # noqa: F401  (registers torch.ops.vllm.short_conv)
-from torch import nn
 from vllm import __version__ as vllm_version
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CompilationMode, VllmConfig
@@ -77,9 +72,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.model_loader.reload.layerwise import (
-    _place_kernel_tensors,
-    get_layerwise_info,
+    _place_kernel_tensors as place_kernel_tensors,
 )
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.interfaces import (
     EagleModelMixin,
@@ -179,34 +174,28 @@ __all__ = [
     "conv_state_shape",
     "default_weight_loader",
     "device_type",
-    "end_reload",
     "expert_ranks",
     "extract_layer_index",
     "get_adapter_absolute_path",
     "get_forward_context",
+    "get_layerwise_info",
     "get_pp_group",
     "get_rope",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "init_logger",
     "is_conv_state_dim_first",
-    "is_half_reloaded",
     "is_in_target_modules",
-    "is_reloading",
-    "is_unused",
     "make_empty_intermediate_tensors_factory",
     "make_layers",
     "maybe_prefix",
     "missing_capabilities",
     "on_cpu",
     "padding_rows",
-    "physical_experts",
     "pipeline_needs_compilation",
     "pipeline_stages",
-    "quantisation_settings",
+    "place_kernel_tensors",
     "quantiser_is_there",
-    "replace_in_engine",
-    "set_quantisation_settings",
     "short_conv_op",
     "speculation_needs_triton",
     "support_torch_compile",
@@ -266,22 +255,6 @@ def missing_capabilities() -> list[str]:
         "the operator vllm::short_conv": hasattr(torch.ops.vllm, "short_conv"),
     }
     return [need for need, met in needs.items() if not met]
-
-
-def replace_in_engine(module: str, user: str, theirs: type, ours: type) -> None:
-    """Have vLLM's function ``user`` in ``module`` take our subclass of a class; see docs/decisions/0017.
-
-    Raises:
-        RuntimeError: this vLLM's function doesn't take that class, so that nothing would come of it.
-    """
-    place = importlib.import_module(module)
-    names = inspect.unwrap(attrgetter(user)(place)).__code__.co_names
-    if theirs.__name__ not in names or getattr(place, theirs.__name__, None) not in (theirs, ours):
-        raise RuntimeError(
-            f"In vLLM {vllm_version} {module}.{user} takes no {theirs.__name__} that could be replaced, so that LoRA "
-            "adapters would not be checked. Serve without LoRA, or set LFM2_PLUGIN=off for vLLM's own model."
-        )
-    setattr(place, theirs.__name__, ours)
 
 
 def short_conv_op(bcx: torch.Tensor, out: torch.Tensor, layer_name: str) -> None:
@@ -366,35 +339,6 @@ def pipeline_needs_compilation(vllm_config: VllmConfig) -> bool:
     )
 
 
-def is_reloading(module: nn.Module) -> bool:
-    """Whether vLLM holds back what is loaded into a module until all of it has come, in a weight update."""
-    return get_layerwise_info(module).kernel_tensors is not None
-
-
-def is_half_reloaded(module: nn.Module) -> bool:
-    """Whether in such an update a part of a module's weights has come and a part hasn't."""
-    info = get_layerwise_info(module)
-    return is_reloading(module) and 0 < info.load_numel < (info.load_numel_total or 0)
-
-
-def end_reload(module: nn.Module) -> None:
-    """Let what is loaded into a module be written at once: the parameters in use are its parameters again.
-
-    For the length of an update vLLM has put others in their place, without memory, whose loaders collect.
-    """
-    info = get_layerwise_info(module)
-    if info.kernel_tensors is None:
-        return
-    _place_kernel_tensors(module, info)
-    for parameter in module.parameters(recurse=False):  # those that vLLM doesn't replace, biases
-        loader = getattr(parameter, "weight_loader", None)
-        if loader is not None:
-            parameter.weight_loader = inspect.unwrap(
-                loader, stop=lambda f: getattr(f, "__name__", "") != "online_process_loader"
-            )
-    info.reset()
-
-
 def quantiser_is_there(quant_config: QuantizationConfig | None) -> bool:
     """Whether vLLM can quantise as it loads, where ``quant_config`` asks for that: its builds for CPUs declare the
     operator without arguments, and fail in the first layer.
@@ -402,37 +346,6 @@ def quantiser_is_there(quant_config: QuantizationConfig | None) -> bool:
     if quant_config is None or quant_config.get_name() != "online":
         return True
     return bool(torch.ops._C.static_scaled_fp8_quant.default._schema.arguments)
-
-
-def quantisation_settings(vllm_config: VllmConfig) -> Mapping[str, Any] | None:
-    """The quantization_config that came with the checkpoint; None for an unquantised one."""
-    config = vllm_config.model_config.hf_config
-    for name in ("quantization_config", "compression_config"):
-        settings = getattr(config, name, None)
-        if settings is not None:
-            return settings.to_dict() if hasattr(settings, "to_dict") else settings
-    return None
-
-
-def set_quantisation_settings(vllm_config: VllmConfig, settings: Mapping[str, Any]) -> None:
-    """Have vLLM make its quantisation config, which it does after the options are settled, of ``settings``."""
-    vllm_config.model_config.hf_config.quantization_config = settings
-
-
-def is_unused(quant_config: QuantizationConfig | None, parameter: str) -> bool:
-    """Whether vLLM leaves out the parameter of a quantised checkpoint because none of its kernels reads it."""
-    if quant_config is None:
-        return False
-    return quant_config.get_checkpoint_weight_mapper().map_name(parameter) is None
-
-
-def physical_experts(experts: RoutedExperts) -> dict[int, list[int]]:
-    """Each expert of a checkpoint -> the experts of the engine that it is loaded into, which may be several (EPLB)."""
-    found: dict[int, list[int]] = {}
-    for _, name, physical, shard in experts.get_expert_mapping():
-        if shard == "w2":
-            found.setdefault(int(name.split(".")[1]), []).append(physical)
-    return found
 
 
 def conv_batch_from(

@@ -41,8 +41,8 @@ from .engine_api import (
     VllmConfig,
     get_adapter_absolute_path,
     is_in_target_modules,
-    replace_in_engine,
 )
+from .replacements import replace_in_engine
 from .weights import LORA_NAMES
 
 ROUTER = "feed_forward.gate"

@@ -26,6 +26,8 @@ from .engine_api import (
     RoutedExperts,
     VllmConfig,
     default_weight_loader,
+)
+from .engine_weights import (
     is_unused,
     physical_experts,
     quantisation_settings,

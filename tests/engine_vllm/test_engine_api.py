@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vllm_model import engine_api
+from vllm_model.replacements import replace_in_engine
 
 ALWAYS = torch.ones(8, dtype=torch.bool)
 
@@ -75,7 +76,7 @@ def in_a_module(monkeypatch, source: str) -> ModuleType:
 def test_a_class_gives_way_to_its_subclass(monkeypatch):
     module = in_a_module(monkeypatch, "class User:\n    def start(self): return Theirs()")
     for _ in range(2):
-        engine_api.replace_in_engine("fake", "User.start", Theirs, Ours)
+        replace_in_engine("fake", "User.start", Theirs, Ours)
         assert type(module.User().start()) is Ours
 
 
@@ -88,7 +89,7 @@ def test_a_class_that_is_not_taken_there_is_an_error(monkeypatch, source):
     module = in_a_module(monkeypatch, source)
     user = "User.start" if hasattr(module, "User") else "start"
     with pytest.raises(RuntimeError, match=f"fake.{user} takes no Theirs"):
-        engine_api.replace_in_engine("fake", user, Theirs, Ours)
+        replace_in_engine("fake", user, Theirs, Ours)
     assert getattr(module, "Theirs", None) is not Ours
 
 
