@@ -18,7 +18,6 @@ import torch
 
 from lfm2_plugin.arch import Lfm2MoeArch
 from lfm2_plugin.checkpoint import (
-    ADAPTABLE,
     AdapterConfig,
     AdapterError,
     AdapterPart,
@@ -45,9 +44,7 @@ from .engine_api import (
 from .replacements import replace_in_engine
 from .weights import LORA_NAMES
 
-ROUTER = "feed_forward.gate"
 EXPERTS = "feed_forward.experts"
-ADAPTABLE_HERE = ADAPTABLE | {ROUTER, "embed_tokens", "lm_head"}
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "w13": ["w1", "w3"], "in_proj": ["in_proj"]}
 """Which modules of an adapter a module of the model consists of, as vLLM wants to know."""
 
@@ -63,7 +60,7 @@ def read_for(
     arch = Lfm2MoeArch.from_config(vllm_config.model_config.hf_config)
     try:
         config = read_adapter_config(folder)
-        parts = read_adapter(arch, config, read_adapter_tensors(folder), ADAPTABLE_HERE)
+        parts = read_adapter(arch, config, read_adapter_tensors(folder))
         _check_options(vllm_config, config, parts)
     except AdapterError as error:
         raise AdapterError(f"LoRA adapter {name!r} ({folder}) can't be served. {error}") from error
@@ -103,8 +100,6 @@ def _check_options(
 
 def runtime_name(target: Target) -> str:
     """The module of the model that an adapter's part is for."""
-    if target.layer is None:
-        return "lm_head" if target.module == "lm_head" else f"model.{target.module}"
     name = f"model.layers.{target.layer}.{target.module}"
     for theirs, ours in LORA_NAMES.items():
         name = name.replace(theirs, ours)

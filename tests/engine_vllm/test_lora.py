@@ -106,21 +106,3 @@ def test_other_forms_and_bad_ones(adapted, tmp_path):
             assert message in said[name], name
             assert f"LoRA adapter {name!r} ({bad[name]}) can't be served. " in said[name]
     assert_same(result[-1], base)
-
-
-@pytest.mark.matrix
-def test_embedding_head_and_router(run):
-    """What only vLLM adapts, on a model whose head is its own."""
-    modules, parameters = ["embed_tokens", "lm_head"], ["feed_forward.gate.weight"]
-    folder, merged = adapter("untied", modules, parameters)
-    asked = adapted_cases("untied", merged)[:30]
-    plain = list(cases("untied", 40))
-    steps = [
-        {"prompts": [c.prompt for c in asked], "lora": str(folder)},
-        {"prompts": [c.prompt for c in plain]},
-    ]
-    result = run("untied", LORA, steps)["steps"]
-    assert_same(result[0], asked)
-    assert_same(result[1], plain)
-    unadapted = {tuple(c.prompt): c.expected.tokens for c in cases("untied")}
-    assert sum(c.expected.tokens != unadapted.get(tuple(c.prompt)) for c in asked) > 10
