@@ -29,13 +29,13 @@ from .engine_api import (
     ShortConvAttentionMetadata,
     ShortConvAttentionMetadataBuilder,
     VllmConfig,
-    conv_batch_from,
     conv_state_dtypes,
     conv_state_shape,
     is_conv_state_dim_first,
     on_cpu,
     pipeline_stages,
 )
+from .engine_metadata import conv_batch_from
 
 
 def our_operator_runs() -> bool:

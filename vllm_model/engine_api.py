@@ -12,13 +12,15 @@ import inspect
 import torch
 import vllm.model_executor.layers.mamba.short_conv  # noqa: F401  (registers torch.ops.vllm.short_conv)
 from vllm import __version__ as vllm_version
+from vllm import envs
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import CompilationMode, ModelConfig, VllmConfig
 from vllm.distributed import (
     get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.utils import get_pp_indices
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.forward_context import get_forward_context, is_forward_context_available
@@ -109,10 +111,10 @@ from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from lfm2_plugin.conv_batch import ConvBatch
 from vllm_model import SUPPORTED
 
 __all__ = [
+    "NULL_BLOCK_ID",
     "SUPPORTED",
     "Attention",
     "CPUUnquantizedExperts",
@@ -136,10 +138,12 @@ __all__ = [
     "MambaAttentionBackendEnum",
     "MambaBase",
     "MambaPrefillCheckpointBuilder",
+    "MambaPrefillCheckpointMetadata",
     "MambaSpec",
     "MambaStateCopyFunc",
     "MergedColumnParallelLinear",
     "MixtureOfExperts",
+    "ModelConfig",
     "PPMissingLayer",
     "PackedLoRALayerWeights",
     "ParallelLMHead",
@@ -168,7 +172,6 @@ __all__ = [
     "captures_whole_steps",
     "causal_conv1d_fn",
     "causal_conv1d_update",
-    "conv_batch_from",
     "conv_copy_funcs",
     "conv_state_dtypes",
     "conv_state_shape",
@@ -186,6 +189,8 @@ __all__ = [
     "init_logger",
     "is_conv_state_dim_first",
     "is_in_target_modules",
+    "kv_connectors",
+    "largest_capture",
     "make_empty_intermediate_tensors_factory",
     "make_layers",
     "maybe_prefix",
@@ -231,6 +236,11 @@ def captures_whole_steps(vllm_config: VllmConfig) -> bool:
     )
 
 
+def largest_capture() -> int:
+    """The most sequences that vLLM captures decodes of by default, where so many may run: more on newer GPUs."""
+    return 1024 if current_platform.is_device_capability_family(100) else 512
+
+
 def missing_capabilities() -> list[str]:
     """What this vLLM lacks of what the package builds on, in words; empty where all is there.
 
@@ -268,8 +278,10 @@ def short_conv_op(bcx: torch.Tensor, out: torch.Tensor, layer_name: str) -> None
 
 
 def padding_rows(num_tokens: int) -> torch.Tensor | None:
-    """(num_tokens,) bool, True where the running step has padding; None where it has none or no step runs."""
-    if not is_forward_context_available():
+    """(num_tokens,) bool, True where the running step has padding; None where it has none, no step runs, or the user
+    has said with ``VLLM_MOE_SKIP_PADDING=0`` that padding is routed as tokens are: vLLM then leaves its mask unwritten.
+    """
+    if not envs.VLLM_MOE_SKIP_PADDING or not is_forward_context_available():
         return None
     mask = get_forward_context().is_padding
     return None if mask is None else mask[:num_tokens]
@@ -291,6 +303,23 @@ def expert_ranks(vllm_config: VllmConfig) -> int:
         * parallel.data_parallel_size
         * parallel.prefill_context_parallel_size
     )
+
+
+def kv_connectors(vllm_config: VllmConfig) -> dict[str, bool]:
+    """The connectors that move cache blocks out of the engine, and whether each knows caches of several kinds.
+
+    vLLM turns ``--kv-offloading-size`` into a connector later than it asks for refusals, so that is one here too.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector is None:
+        if vllm_config.cache_config.kv_offloading_size is None:
+            return {}
+        native = vllm_config.cache_config.kv_offloading_backend == "native"
+        return {"OffloadingConnector": True} if native else {"LMCacheMPConnector": False}
+    inner = transfer.kv_connector_extra_config.get("connectors") or []
+    names = [transfer.kv_connector, *(each["kv_connector"] for each in inner)]
+    knows = KVConnectorFactory.supports_hma_config(transfer)
+    return dict.fromkeys(names, knows)
 
 
 def conv_state_shape(vllm_config: VllmConfig, channels: int, width: int) -> tuple[int, int]:
@@ -346,49 +375,3 @@ def quantiser_is_there(quant_config: QuantizationConfig | None) -> bool:
     if quant_config is None or quant_config.get_name() != "online":
         return True
     return bool(torch.ops._C.static_scaled_fp8_quant.default._schema.arguments)
-
-
-def conv_batch_from(
-    metadata: ShortConvAttentionMetadata,
-    common: CommonAttentionMetadata,
-    checkpoint: MambaPrefillCheckpointMetadata | None,
-    always: torch.Tensor,
-    max_decode_len: int,
-) -> ConvBatch:
-    """vLLM's metadata of a step as a :class:`ConvBatch`; ``docs/contracts.md`` has the table.
-
-    Of a step that only decodes, every tensor is a view of what vLLM's runner, its builder or ours keep from step to
-    step, so that a CUDA graph which captured one reads the next one's values.
-
-    Args:
-        metadata: the conv metadata: who decodes, who prefills, and each one's block. vLLM puts decodes first.
-        common: the step's metadata shared by all layers, for the query starts of all sequences.
-        checkpoint: where prefills leave a copy of their state on the way, if anywhere.
-        always: True for each of at least as many sequences as decode; never changed.
-        max_decode_len: the most tokens that a decode may have.
-    """
-    num_decodes, num_prefills = metadata.num_decodes, metadata.num_prefills
-    slots, has_state = [], []
-    if num_decodes or not num_prefills:
-        # Column 0 is the running block. The columns after it are for states that can't be cut to a shorter history;
-        # ours can, by its offset.
-        slots.append(metadata.state_indices_tensor_d[:num_decodes, 0])
-        has_state.append(always[:num_decodes])
-    if num_prefills:
-        slots.append(metadata.state_indices_tensor_p)
-        has_state.append(metadata.has_initial_states_p)
-    accepted = metadata.num_accepted_tokens if num_decodes else None
-    return ConvBatch(
-        slots=slots[0] if len(slots) == 1 else torch.cat(slots),
-        query_start=common.query_start_loc[: num_decodes + num_prefills + 1],
-        has_initial_state=has_state[0] if len(has_state) == 1 else torch.cat(has_state),
-        num_decodes=num_decodes,
-        num_decode_tokens=metadata.num_decode_tokens,
-        num_prefills=num_prefills,
-        num_prefill_tokens=metadata.num_prefill_tokens,
-        max_decode_len=1 if accepted is None else max_decode_len,
-        num_accepted=None if accepted is None else accepted[:num_decodes],
-        checkpoint_offsets=None if checkpoint is None else checkpoint.checkpoint_offsets,
-        checkpoint_slots=None if checkpoint is None else checkpoint.state_indices,
-        null_slot=NULL_BLOCK_ID,
-    )

@@ -10,11 +10,13 @@ from lfm2_plugin.dispatch import check_choice
 
 from .engine_api import (
     SUPPORTED,
+    ModelConfig,
     QuantizationConfig,
     VllmConfig,
     captures_whole_steps,
     device_type,
     expert_ranks,
+    kv_connectors,
     missing_capabilities,
     on_cpu,
     pipeline_needs_compilation,
@@ -22,6 +24,41 @@ from .engine_api import (
     speculation_needs_triton,
     vllm_version,
 )
+
+ARCHITECTURE = "Lfm2MoeForCausalLM"
+_OFFLOAD = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+"""Connectors of vLLM that move cache blocks between the memory of an accelerator and the machine's."""
+_KNOW_OTHER_STATES = ("MoRIIOConnector", "NixlConnector", "NixlPullConnector", "NixlPushConnector")
+"""Connectors of vLLM that take a conv state apart by the layouts of Mamba and GDN, and raise for any other."""
+
+
+def check_role(model_config: ModelConfig) -> None:
+    """Refuse to draft for another model.
+
+    Raises:
+        ValueError: what is wrong and what to do.
+    """
+    if model_config.runner_type == "draft":
+        raise ValueError(
+            f"{model_config.model} has conv states, and vLLM can't draft with such a model: its runner gives drafters "
+            'one cache of keys and values. Use {"method": "ngram"} in --speculative-config, or a drafter made of '
+            "attention only that shares the tokenizer."
+        )
+
+
+def check_runner(model_config: ModelConfig) -> None:
+    """Refuse to make vectors of text where nobody asked for that.
+
+    Raises:
+        ValueError: what is wrong and what to do.
+    """
+    if model_config.runner == "auto" and model_config.runner_type == "pooling":
+        named = ", ".join(model_config.hf_config.architectures or ()) or "nothing"
+        raise ValueError(
+            f"vLLM would serve this model for embeddings instead of text: its config.json has no architectures, or "
+            f'some that mean that ({named}). For text add "architectures": ["{ARCHITECTURE}"] to config.json, or '
+            f'--hf-overrides \'{{"architectures": ["{ARCHITECTURE}"]}}\'; for embeddings say --runner pooling.'
+        )
 
 
 def check_support(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
@@ -55,6 +92,7 @@ def check_support(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
             f"tensor and data parallel sizes whose product divides {experts}, or leave out --enable-expert-parallel."
         )
     _check_stages(arch, vllm_config)
+    _check_connectors(vllm_config)
     if on_cpu() and parallel.data_parallel_size > 1:
         raise ValueError(
             "On a CPU vLLM can't run a model with experts under --data-parallel-size: its communicator lacks "
@@ -109,3 +147,27 @@ def _check_stages(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
                     f"{', '.join(map(str, layers))}), which vLLM can't serve right. Choose a smaller "
                     f"--pipeline-parallel-size, or cut otherwise with VLLM_PP_LAYER_PARTITION."
                 )
+
+
+def _check_connectors(vllm_config: VllmConfig) -> None:
+    """What takes cache blocks out of the engine has to take the conv states along."""
+    connectors = kv_connectors(vllm_config)
+    blind = [name for name, knows_several_caches in connectors.items() if not knows_several_caches]
+    if blind:
+        raise ValueError(
+            f"{', '.join(blind)} can't move what LFM2-MoE keeps: vLLM switches its manager of several kinds of cache "
+            "off for such a connector, and conv states can't be kept without it. Choose a connector that supports it "
+            "(SupportsHMA), such as OffloadingConnector, or leave out --kv-transfer-config."
+        )
+    foreign = [name for name in connectors if name in _KNOW_OTHER_STATES]
+    if foreign:
+        raise ValueError(
+            f"{', '.join(foreign)} can't move the state of a short convolution: vLLM has it take states apart by the "
+            "layouts of Mamba and GDN only. Leave out --kv-transfer-config."
+        )
+    offloading = [name for name in connectors if name in _OFFLOAD]
+    if on_cpu() and offloading:
+        raise ValueError(
+            f"{', '.join(offloading)} moves cache blocks from an accelerator's memory to the machine's, and vLLM runs "
+            "on a CPU here. Leave out --kv-offloading-size and --kv-transfer-config."
+        )

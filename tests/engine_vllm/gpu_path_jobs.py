@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 
 from benchmarks.gpu import short_conv_builtins
 from lfm2_plugin.conv_batch import ConvBatch
+from lfm2_plugin.depthwise_kernel import DepthwiseKernel
 from tests.engine_common.builtin_kernels import with_handles
 from tests.engine_common.gpu_path import checked
 from tests.router_launches import BIAS, SCALING, A, E, launches_of
@@ -133,9 +134,10 @@ def make_layer(
     nn.Module.__init__(layer)
     layer.prefix, layer.page_name, layer.page_index = LAYER, PAGE, MINE
     layer.dim, layer.max_query_len = weight.shape[0], 1 + drafts
-    layer.conv = nn.Module()
-    layer.conv.weight = nn.Parameter(weight.t().contiguous().t(), requires_grad=False)
-    layer.conv.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    layer.conv = DepthwiseKernel(*weight.shape, bias is not None, rank=0).to(weight.dtype)
+    layer.conv.weight.data.copy_(weight.t())
+    if bias is not None:
+        layer.conv.bias.data.copy_(bias)
     return layer
 
 

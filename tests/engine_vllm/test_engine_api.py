@@ -11,8 +11,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
 
 from vllm_model import engine_api
+from vllm_model.engine_metadata import conv_batch_from
 from vllm_model.replacements import replace_in_engine
 
 ALWAYS = torch.ones(8, dtype=torch.bool)
@@ -103,7 +106,7 @@ def test_adapters_read_by_another_class_are_an_error():
 
 def test_a_mixed_step():
     has_state = torch.tensor([False, True])
-    batch = engine_api.conv_batch_from(
+    batch = conv_batch_from(
         metadata([[3], [5]], [7, 9], (2, 6), has_initial_states_p=has_state),
         common(1, 1, 4, 2),
         None,
@@ -118,7 +121,7 @@ def test_a_mixed_step():
 
 
 def test_drafts_take_the_running_block_and_the_accepted_counts_of_the_decodes():
-    batch = engine_api.conv_batch_from(
+    batch = conv_batch_from(
         metadata(
             [[3, 11, 12], [5, 13, 14]], [], (5, 0), num_accepted_tokens=torch.tensor([2, 3, 1])
         ),
@@ -136,7 +139,7 @@ def test_a_captured_decode_reads_only_what_stays_where_it_is():
     """Each tensor of the step is a view of one that the next step's values are written to."""
     kept = metadata([[3, 11], [5, 13], [0, 0]], [], (3, 0), num_accepted_tokens=torch.ones(4).int())
     shared = common(1, 1, 0)
-    batch = engine_api.conv_batch_from(kept, shared, None, ALWAYS, max_decode_len=2)
+    batch = conv_batch_from(kept, shared, None, ALWAYS, max_decode_len=2)
     for mine, theirs in (
         (batch.slots, kept.state_indices_tensor_d),
         (batch.query_start, shared.query_start_loc),
@@ -160,14 +163,14 @@ def test_prefills_alone_carry_no_accepted_counts_and_keep_their_checkpoints():
         has_initial_states_p=torch.tensor([True, False]),
         num_accepted_tokens=torch.tensor([1, 1]),
     )
-    batch = engine_api.conv_batch_from(given, common(20, 10), checkpoint, ALWAYS, 1)
+    batch = conv_batch_from(given, common(20, 10), checkpoint, ALWAYS, 1)
     assert batch.num_accepted is None
     assert batch.checkpoint_offsets.tolist() == [16, 0]
     assert batch.checkpoint_slots.tolist() == [4, 0]
 
 
 def test_an_empty_step():
-    batch = engine_api.conv_batch_from(metadata([], [], (0, 0)), common(), None, ALWAYS, 1)
+    batch = conv_batch_from(metadata([], [], (0, 0)), common(), None, ALWAYS, 1)
     assert batch.slots.shape == (0,)
     assert batch.query_start.tolist() == [0]
 
@@ -201,3 +204,13 @@ def test_every_name_of_the_room_is_used():
         for alias in node.names
     }
     assert set(engine_api.__all__) - used == set()
+
+
+def test_padding_is_known_unless_the_user_says_that_it_does_not_matter(monkeypatch):
+    """With ``VLLM_MOE_SKIP_PADDING=0`` vLLM's second runner leaves the mask as it was captured: all of it padding."""
+    mask = torch.ones(4, dtype=torch.bool)
+    with set_forward_context(None, VllmConfig(), is_padding=mask):
+        assert engine_api.padding_rows(3).tolist() == [True] * 3
+        monkeypatch.setenv("VLLM_MOE_SKIP_PADDING", "0")
+        assert engine_api.padding_rows(3) is None
+    assert engine_api.padding_rows(3) is None

@@ -3,19 +3,29 @@
 import pytest
 
 from tests.engine_common.broken import BROKEN, unsaid
-from tests.engine_common.checkpoints import checkpoint
+from tests.engine_common.checkpoints import altered, checkpoint
 
 pytestmark = pytest.mark.engine
 
-# What the user says, and the largest capture.
+# What the user says; the largest capture, and the one that a decode of all sequences runs in.
 CAPTURES = [
-    ({"max_num_seqs": 64}, None),
-    ({"max_num_seqs": 512}, None),
-    ({"max_num_seqs": 600}, 608),
-    ({"max_num_seqs": 4096}, 1024),
-    ({"max_num_seqs": 1024, "max_cudagraph_capture_size": 256}, 256),
-    ({"max_num_seqs": 1024, "cudagraph_capture_sizes": [1, 8]}, None),
+    ({"max_num_seqs": 64}, 128, 64),
+    ({"max_num_seqs": 512}, 512, 512),
+    ({"max_num_seqs": 600}, 600, 600),
+    ({"max_num_seqs": 1000}, 1000, 1000),
+    ({"max_num_seqs": 1024}, 1024, 1024),
+    ({"max_num_seqs": 4096}, 1024, 0),
+    ({"max_num_seqs": 600, "performance_mode": "interactivity"}, 600, 600),
+    ({"max_num_seqs": 600, "blackwell": True}, 1024, 600),
+    ({"max_num_seqs": 1000, "blackwell": True}, 1024, 1000),
+    ({"max_num_seqs": 1024, "max_cudagraph_capture_size": 256}, 256, 0),
+    ({"max_num_seqs": 1024, "cudagraph_capture_sizes": [1, 8]}, 8, 0),
 ]
+
+
+def connector(name: str, **extra) -> dict:
+    transfer = {"kv_connector": name, "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    return {"kv_transfer_config": transfer}
 
 
 @pytest.fixture
@@ -49,13 +59,74 @@ def test_so_are_pipelines_without_compilation(job):
     assert said["processes"] == 0
 
 
+def test_so_is_a_drafter_of_the_family(job):
+    drafts = {"method": "draft_model", "model": str(checkpoint("small"))}
+    said = job("refusal", given={"speculative_config": {**drafts, "num_speculative_tokens": 3}})
+    assert "has conv states, and vLLM can't draft with such a model" in said["error"]
+    assert said["processes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (connector("ExampleConnector"), "ExampleConnector can't move what LFM2-MoE keeps"),
+        (
+            connector(
+                "MultiConnector", connectors=[connector("ExampleConnector")["kv_transfer_config"]]
+            ),
+            "MultiConnector, ExampleConnector can't move",
+        ),
+        (connector("NixlConnector"), "NixlConnector can't move the state of a short convolution"),
+        (
+            {"kv_offloading_size": 1, "kv_offloading_backend": "lmcache"},
+            "LMCacheMPConnector can't move what LFM2-MoE keeps",
+        ),
+        (
+            connector("SimpleCPUOffloadConnector"),
+            "SimpleCPUOffloadConnector moves cache blocks from an accelerator's memory",
+        ),
+        ({"kv_offloading_size": 1}, "OffloadingConnector moves cache blocks"),
+    ],
+    ids=["example", "multi", "nixl", "lmcache", "offload", "offload size"],
+)
+def test_so_are_connectors_that_can_not_move_a_conv_state(job, given, words):
+    said = job("refusal", given=given)
+    assert words in said["error"]
+    assert said["processes"] == 0
+
+
+def test_a_config_without_architecture_is_no_model_for_embeddings_unless_asked(job, tmp_path):
+    silent = altered(checkpoint("small"), tmp_path / "model", config={"architectures": None})
+    said = job("refusal", silent, given={})
+    assert '"architectures": ["Lfm2MoeForCausalLM"]' in said["error"]
+    named = {"hf_overrides": {"architectures": ["Lfm2MoeForCausalLM"]}}
+    assert job("refusal", silent, given=named)["error"] is None
+
+
+def test_an_unknown_entry_is_refused_until_it_is_null(job, tmp_path):
+    windowed = altered(checkpoint("small"), tmp_path / "model", config={"sliding_window": 256})
+    assert "sliding_window is 256" in job("refusal", windowed, given={})["error"]
+    null = {"hf_overrides": {"sliding_window": None}}
+    assert job("refusal", windowed, given=null)["error"] is None
+
+
 def test_what_fits_is_not_refused(job):
     assert job("refusal", given={"max_num_seqs": 8})["error"] is None
 
 
-def test_wide_decodes_are_captured_on_a_gpu_unless_the_user_says_what_is(job):
-    found = job("captures", cases=[case for case, _ in CAPTURES])
-    assert found == [largest for _, largest in CAPTURES]
+def test_a_decode_of_all_sequences_is_captured_on_a_gpu_unless_the_user_says_what_is(job):
+    found = job("captures", cases=[case for case, _, _ in CAPTURES])
+    assert [(max(each["sizes"]), each["widest"]) for each in found] == [
+        (largest, widest) for _, largest, widest in CAPTURES
+    ]
+
+
+def test_the_captures_below_are_those_of_vllm(job):
+    """A step that is not full is padded no further than it would be in vLLM's own grid."""
+    for mode in ("balanced", "interactivity"):
+        cases = [{"max_num_seqs": 512}, {"max_num_seqs": 600}]
+        own, ours = job("captures", cases=[case | {"performance_mode": mode} for case in cases])
+        assert own["sizes"] == [size for size in ours["sizes"] if size <= 512]
 
 
 def test_without_a_gpu_nothing_is_captured(job):
