@@ -75,7 +75,8 @@ class AdapterConfig:
         if kind != "LORA":
             raise AdapterError(f"It is of type {kind or 'unknown'!r}; only LORA can be served.")
         _refuse_variants(settings)
-        rank, alpha = settings.get("r"), settings.get("lora_alpha")
+        rank: Any = settings.get("r")
+        alpha: Any = settings.get("lora_alpha")
         rslora = settings.get("use_rslora") or False
         layout = settings.get("lora_B_layout") or RANK_MAJOR
         ranks, alphas = (settings.get(f"{name}_pattern") or {} for name in ("rank", "alpha"))
