@@ -138,6 +138,7 @@ SAME_AS = {
     "conv_dim": "hidden_size",
     "conv_dim_out": "hidden_size",
     "num_heads": "num_attention_heads",
+    "theta": "rope_theta",
     "v_head_dim": "head_dim",
 }
 """Second names, of LFM2's first configs mostly, for an entry that has to agree."""

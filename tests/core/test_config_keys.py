@@ -52,6 +52,7 @@ WRITTEN = {
         "full_attn_idxs": list(range(2, 40, 4)),
         "num_heads": 32,
         "rope_theta": 1e6,
+        "theta": 1e6,
         "torch_dtype": "bfloat16",
         "use_pos_enc": True,
     },
