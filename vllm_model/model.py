@@ -209,7 +209,7 @@ class Lfm2MoeForCausalLM(
         self.vllm_config = vllm_config
         self.weights_loaded = False
         self.half_written = False
-        with named_without_kernel(vllm_config.quant_config):
+        with named_without_kernel(vllm_config.quant_config, self.quantisation):
             self.model = Lfm2MoeModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lfm2_plugin.arch import Lfm2MoeArch
+from lfm2_plugin.checkpoint import QuantisationPlan
 from lfm2_plugin.dispatch import check_choice
 
 from .engine_api import (
@@ -113,8 +114,10 @@ def check_support(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
 
 
 @contextmanager
-def named_without_kernel(quant_config: QuantizationConfig | None) -> Iterator[None]:
-    """Say of which quantisation there is no kernel on this machine, where vLLM says it of a layer only.
+def named_without_kernel(
+    quant_config: QuantizationConfig | None, plan: QuantisationPlan
+) -> Iterator[None]:
+    """Say of which format there is no kernel on this machine, where vLLM says it of a layer only.
 
     Raises:
         ValueError: in place of vLLM's, with what to do.
@@ -122,12 +125,18 @@ def named_without_kernel(quant_config: QuantizationConfig | None) -> Iterator[No
     try:
         yield
     except (ValueError, NotImplementedError) as error:
-        if quant_config is None or "find a kernel" not in str(error):
+        ours = "vLLM has no kernel" in str(error)
+        if quant_config is None or not (ours or "find a kernel" in str(error)):
             raise
-        reasons = " ".join(str(error).split()).rstrip(". ")
+        formats = ", ".join(sorted({plan.of(name).name for name in plan.quantised_modules}))
+        reason = " ".join(str(error).split()).rstrip(". ")
+        if not ours:
+            reason = (
+                f"vLLM has no kernel on this machine for weights quantised by {quant_config.get_name()!r} ({reason}). "
+                "Serve the unquantised checkpoint, or use a GPU"
+            )
         raise ValueError(
-            f"vLLM has no kernel on this machine for weights quantised by {quant_config.get_name()!r} as this "
-            f"checkpoint's are ({reasons}). Serve the unquantised checkpoint, or use a GPU."
+            f"{reason}. The checkpoint's weights are {formats or 'unquantised'}."
         ) from error
 
 

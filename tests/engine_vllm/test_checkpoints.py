@@ -4,6 +4,9 @@ import pytest
 
 from tests.engine_common import broken, brought
 from tests.engine_common.brought import FORMATS, NO_CONV, PLAIN, REFUSED, SOURCE, dequantised
+from tests.engine_common.checkpoints import altered
+from tests.engine_common.int4_weights import dequantise_int4
+from tests.engine_common.quantised import quantised
 from tests.engine_common.references import assert_same, cases, clear_cases
 from tests.engine_vllm.test_bad_input import LONG_WORK
 from tests.tiers import matrix
@@ -70,3 +73,35 @@ def test_ways_to_name_what_is_not_quantised(run, tmp_path, way):
     pairs = zip(result["steps"][0], asked, strict=True)
     same = sum(out["tokens"][0] == case.expected.tokens[0] for out, case in pairs)
     assert same >= COUNT * 3 // 4
+
+
+WITHOUT_KERNELS = {
+    "w8a8": "W8A8 int8",
+    "w4a16-g32": "W4A16 int4 g32",
+    "w4a16-g128-experts-g32": "W4A16 int4 g32",
+    "fp8-dynamic": "W8A8 fp8",
+    "nvfp4": "W4A4 NVFP4",
+}
+"""llm-compressor's own outputs that quantise experts, for which vLLM has no kernels on a CPU without AMX."""
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("recipe", WITHOUT_KERNELS)
+def test_llm_compressors_own_outputs(run, recipe):
+    text = broken.refused(run, quantised(recipe), {**ENGINE, "dtype": "bfloat16"}, LONG_WORK)
+    assert broken.unsaid(("vLLM has no kernel", WITHOUT_KERNELS[recipe]), text) == []
+
+
+@pytest.mark.matrix
+def test_llm_compressors_int4_with_plain_experts(run, tmp_path):
+    """Served as the tool wrote it; bfloat16 against the float32 reference of the dequantised weights."""
+    folder = quantised("w4a16-g128")
+    reference = altered(
+        folder, tmp_path / "reference", dequantise_int4, {"quantization_config": None}
+    )
+    asked = clear_cases(reference, [case.prompt for case in cases("demo", COUNT)], 1024)
+    engine = {**ENGINE, "dtype": "bfloat16"}
+    result = run(folder, engine, [{"prompts": [case.prompt for case in asked]}])
+    pairs = zip(result["steps"][0], asked, strict=True)
+    same = sum(out["tokens"][0] == case.expected.tokens[0] for out, case in pairs)
+    assert same >= COUNT - 1
