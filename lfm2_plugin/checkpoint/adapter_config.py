@@ -37,6 +37,9 @@ RANK_MAJOR, GROUPED_BY_EXPERT = "rank_major", "grouped_by_expert"
 # Releases of PEFT that took the outputs of stacked experts for their inputs.
 _TRANSPOSED = ("0.17.", "0.18.")
 
+MOST_RANK = 1024
+"""Factors are padded to the largest rank that the settings name, so it has to have a bound; engines serve up to 512."""
+
 
 class AdapterError(ValueError):
     """The adapter can't be served right; the text says why and what to do."""
@@ -81,7 +84,7 @@ class AdapterConfig:
         layout = settings.get("lora_B_layout") or RANK_MAJOR
         ranks, alphas = (settings.get(f"{name}_pattern") or {} for name in ("rank", "alpha"))
         checks = {
-            "r": (rank, _is_rank(rank), "a whole number above 0"),
+            "r": (rank, _is_rank(rank), f"a whole number from 1 to {MOST_RANK}"),
             "lora_alpha": (alpha, _is_number(alpha), "a number"),
             "use_rslora": (rslora, isinstance(rslora, bool), "true or false"),
             "lora_B_layout": (
@@ -154,7 +157,7 @@ def _refuse_variants(settings: Mapping[str, Any]) -> None:
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_RANK
 
 
 def _is_number(value: Any) -> bool:

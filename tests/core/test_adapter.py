@@ -256,7 +256,7 @@ def test_names_few_of_many():
         ({"use_qalora": True, "bias": "all"}, "trained with bias, use_qalora"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save.*Merge it"),
         ({"init_lora_weights": "pissa_niter_4"}, "trained with init_lora_weights=pissa_niter_4"),
-        ({"r": None}, "r is None and must be a whole number above 0"),
+        ({"r": None}, "r is None and must be a whole number from 1 to 1024"),
         ({"r": 0}, "r is 0 and must be"),
         ({"r": -4}, "r is -4 and must be"),
         ({"r": 4.5}, "r is 4.5 and must be"),

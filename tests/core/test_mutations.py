@@ -1,4 +1,4 @@
-"""Configs, headers and names that are a little wrong: read right or refused in words, whatever the mistake.
+"""Configs, headers, names and adapters that are a little wrong: read right or refused in words, whatever the mistake.
 
 "Refused in words" is one of our own errors, which have a text. Anything else that is raised, a hang or a list without
 bound is a fault.
@@ -7,18 +7,29 @@ bound is a fault.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lfm2_plugin.arch import Lfm2MoeArch, UnsupportedConfig
-from lfm2_plugin.checkpoint import CheckpointError, UnsupportedQuantisation, check_checkpoint
+from lfm2_plugin.checkpoint import (
+    AdapterConfig,
+    AdapterError,
+    CheckpointError,
+    UnsupportedQuantisation,
+    check_checkpoint,
+    read_adapter,
+    unified,
+)
+from lfm2_plugin.checkpoint.adapter_config import MOST_RANK
 from lfm2_plugin.checkpoint.names import expected_tensors
 from lfm2_plugin.reference import ReferenceModel
 from tests import tiny
@@ -193,6 +204,81 @@ def test_headers(folder: Path, answer: list[int], tmp_path: Path, examples: int)
             return
         load_file(file)  # safetensors' own reader takes what ours takes
         assert ReferenceModel.from_folder(tmp_path).generate(PROMPT, 3) == answer
+        passed += 1
+
+    check()
+    assert passed
+
+
+QUERY = "base_model.model.model.layers.1.self_attn.q_proj"
+STACK = "base_model.model.model.layers.1.feed_forward.experts"
+
+
+def factors(arch: Lfm2MoeArch, rank: int) -> dict[str, torch.Tensor]:
+    """An adapter on a projection and on the stack of the experts' w2."""
+    width, hidden = arch.moe_intermediate_size, arch.hidden_size
+    experts = arch.num_experts
+    return {
+        f"{QUERY}.lora_A.weight": torch.ones(rank, hidden),
+        f"{QUERY}.lora_B.weight": torch.ones(arch.num_heads * arch.head_dim, rank),
+        f"{STACK}.lora_A.weight": torch.ones(experts * rank, width),
+        f"{STACK}.lora_B.weight": torch.ones(hidden, rank * experts),
+    }
+
+
+@st.composite
+def changed_tensors(draw: st.DrawFn, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One tensor dropped, renamed, of another shape or dtype; or none."""
+    tensors = dict(tensors)
+    name = draw(st.sampled_from(sorted(tensors)))
+    match draw(st.sampled_from(["none", "drop", "rename", "shape", "dtype"])):
+        case "drop":
+            del tensors[name]
+        case "rename":
+            new = [
+                name.replace("q_proj", "gate"),
+                name.replace("layers.1", "layers.7"),
+                f"{name}.x",
+            ]
+            tensors[draw(st.sampled_from([*new, name.replace("lora_A", "lora_B")]))] = tensors.pop(
+                name
+            )
+        case "shape":
+            tensor = tensors[name]
+            tensors[name] = draw(
+                st.sampled_from([tensor.t(), tensor[1:], tensor[None], tensor[:0]])
+            )
+        case "dtype":
+            dtype = draw(st.sampled_from([torch.int8, torch.float8_e4m3fn, torch.float64]))
+            tensors[name] = tensors[name].to(dtype)
+    return tensors
+
+
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_adapters(folder: Path, examples: int) -> None:
+    """What passes is of the model's shapes, and as large as its largest rank makes it at most."""
+    arch = Lfm2MoeArch.from_config(json.loads((folder / "config.json").read_text()))
+    whole = factors(arch, 4)
+    told = {
+        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": False, "use_dora": False, "bias": "none",
+        "rank_pattern": {}, "alpha_pattern": {"q_proj": 16}, "modules_to_save": None, "peft_version": "0.19.0",
+    }  # fmt: skip
+    passed = 0
+
+    @many(examples)
+    @given(changed_config(told), changed_tensors(whole))
+    @example({**told, "rank_pattern": {"v_proj": 10**9}}, whole)
+    @example(told, whole)
+    def check(changed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        nonlocal passed
+        try:
+            config = AdapterConfig.from_dict(changed)
+            parts = unified(arch, config, read_adapter(arch, config, tensors))
+        except AdapterError:
+            return
+        numbers = sum(part.a.numel() + part.b.numel() for part in parts)
+        assert numbers <= MOST_RANK / 4 * sum(tensor.numel() for tensor in whole.values())
+        assert all(part.scaling == 1 and math.isfinite(float(part.b.sum())) for part in parts)
         passed += 1
 
     check()
