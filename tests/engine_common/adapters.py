@@ -204,9 +204,15 @@ BAD: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "DoRA": (partial(rewritten, use_dora=True), "trained with use_dora"),
     "saved modules": (partial(rewritten, modules_to_save=["lm_head"]), "with modules_to_save"),
     "bias": (partial(rewritten, bias="all"), "trained with bias"),
-    "no rank": (partial(rewritten, without="r"), "r is None and must be a whole number from 1 to 1024"),
+    "no rank": (
+        partial(rewritten, without="r"),
+        "r is None and must be a whole number from 1 to 1024",
+    ),
     "rank 0": (partial(rewritten, r=0), "r is 0 and must be a whole number from 1 to 1024"),
-    "rank in words": (partial(rewritten, r="8"), "r is '8' and must be a whole number from 1 to 1024"),
+    "rank in words": (
+        partial(rewritten, r="8"),
+        "r is '8' and must be a whole number from 1 to 1024",
+    ),
     "no alpha": (partial(rewritten, without="lora_alpha"), "lora_alpha is None and must be"),
     "alpha in words": (partial(rewritten, lora_alpha="16"), "lora_alpha is '16' and must be"),
     "other rank": (partial(rewritten, r=4), "they must be (4, "),
