@@ -22,11 +22,13 @@ PARTS = (
     "model.layers.0.feed_forward.w1.weight",  # half of a merged matrix
     "model.layers.1.conv.conv.weight",
     "model.layers.1.conv.in_proj.weight",
-    "model.layers.2.self_attn.k_proj.weight",  # a part of another
+    "model.layers.{attention}.self_attn.k_proj.weight",  # a part of another
     "model.layers.2.ffn_norm.weight",
     "model.layers.4.feed_forward.experts.3.w2.weight",
     "model.layers.4.feed_forward.experts.5.w1.weight",
 )
+ATTENTION = {"alpha": 2, "beta": 3}
+"""A layer with attention, by model."""
 Update = Callable[..., list]
 
 
@@ -99,9 +101,10 @@ def a_part(update: Update, folder: Path, model: str, ways: list[str], **engine) 
         folder: takes the checkpoint that an engine with these tensors of the other one has.
     """
     other = checkpoint(f"{model}_other")
+    names = [name.format(attention=ATTENTION[model]) for name in PARTS]
 
     def take(tensors: dict[str, torch.Tensor]) -> None:
-        tensors |= dict(named_tensors(str(other), list(PARTS)))
+        tensors |= dict(named_tensors(str(other), names))
 
     mixed = altered(checkpoint(model), folder, take)
     prompts = [c.prompt for c in cases(model, COUNT)]
@@ -111,7 +114,7 @@ def a_part(update: Update, folder: Path, model: str, ways: list[str], **engine) 
     steps = [dict(generate)]
     for way in ways:
         steps += [
-            {"op": way, "folder": str(other), "names": list(PARTS)},
+            {"op": way, "folder": str(other), "names": names},
             dict(generate),
             {"op": "from_disk", "folder": str(checkpoint(model))},
         ]
