@@ -4,6 +4,7 @@ import pytest
 
 from tests.engine_common import broken, brought
 from tests.engine_common.brought import FORMATS, PLAIN, REFUSED, SOURCE
+from tests.engine_common.quantised import quantised
 from tests.engine_common.references import assert_same, cases, clear_cases
 from tests.engine_sglang.test_bad_input import ENGINE, LONG_WORK
 from tests.tiers import matrix
@@ -30,10 +31,10 @@ def test_served(run, tmp_path, name):
 @pytest.mark.parametrize("name", some(REFUSED, NAMED))
 def test_refused(run, tmp_path, name):
     folder = REFUSED[name].make(tmp_path / "model")
-    quantised = "quantization_config" in (REFUSED[name].config or {})
+    is_quantised = "quantization_config" in (REFUSED[name].config or {})
     # SGLang serves no quantised weights in float32, and says before the files are looked at that it has no kernels.
-    engine = {**ENGINE, "dtype": "bfloat16"} if quantised else ENGINE
-    words = ("SGLang has no kernels",) if quantised else REFUSED[name].refused
+    engine = {**ENGINE, "dtype": "bfloat16"} if is_quantised else ENGINE
+    words = ("SGLang has no kernels",) if is_quantised else REFUSED[name].refused
     text = broken.refused(run, folder, engine, LONG_WORK)
     assert broken.unsaid(words, text) == []
 
@@ -58,3 +59,10 @@ def test_another_head_under_a_tied_config(run, tmp_path):
     assert_same(result["steps"][0], asked)
     tied = {tuple(case.prompt): case.expected.tokens for case in cases(SOURCE, COUNT)}
     assert all(tied[tuple(c.prompt)] != c.expected.tokens for c in asked if tuple(c.prompt) in tied)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a16-g128", "fp8-dynamic", "nvfp4"])
+def test_llm_compressors_own_outputs(run, recipe):
+    text = broken.refused(run, quantised(recipe), {**ENGINE, "dtype": "bfloat16"}, LONG_WORK)
+    assert broken.unsaid(("SGLang has no kernels", "compressed_tensors|compressed-tensors"), text) == []
