@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def check_files(arch: Lfm2MoeArch, config: Lfm2MoeConfig) -> tuple[Lfm2MoeArch, QuantisationPlan]:
-    """Check a local checkpoint by its headers, in milliseconds, before any memory is taken.
+    """Check a local checkpoint by its headers, in a tenth of a second, before any memory is taken.
 
     Returns:
         The model, untied where the files have a head that isn't the embedding, as transformers unties it; and what

@@ -43,7 +43,7 @@ LOCAL_FORMATS = ("auto", "hf", "safetensors", "pt")
 
 
 def check_files(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> QuantisationPlan:
-    """Check a local checkpoint by its headers, in milliseconds, before any memory is taken.
+    """Check a local checkpoint by its headers, in a tenth of a second, before any memory is taken.
 
     Returns:
         What each matmul of the checkpoint is.
