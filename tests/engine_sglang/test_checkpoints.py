@@ -65,4 +65,7 @@ def test_another_head_under_a_tied_config(run, tmp_path):
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a16-g128", "fp8-dynamic", "nvfp4"])
 def test_llm_compressors_own_outputs(run, recipe):
     text = broken.refused(run, quantised(recipe), {**ENGINE, "dtype": "bfloat16"}, LONG_WORK)
-    assert broken.unsaid(("SGLang has no kernels", "compressed_tensors|compressed-tensors"), text) == []
+    assert (
+        broken.unsaid(("SGLang has no kernels", "compressed_tensors|compressed-tensors"), text)
+        == []
+    )
