@@ -83,3 +83,5 @@ def run(
         snapshots = batch.checkpoint_offsets, batch.checkpoint_slots
     args = (slots, batch.query_start, batch.has_initial_state, snapshots)
     out.copy_(gpu_conv.extend(bcx, weight, bias, state, *args))
+    # SGLang's kernel leaves the rows of a sequence that isn't there as it found them, whatever that memory holds.
+    out[(slots == UNUSED).repeat_interleave(batch.query_start.diff())] = 0
