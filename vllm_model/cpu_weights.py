@@ -104,6 +104,7 @@ class PackedWeights:
                 self._open_module(name, module)
             yield
         finally:
+            self._leave_plain_tensors()
             self._close()
 
     def _open_parameter(self, name: str) -> None:
@@ -145,6 +146,13 @@ class PackedWeights:
         for stack, shape, places in zip(stacks, shapes, self._layouts[key], strict=True):
             flat = stack.data.view(stack.shape[0], -1)
             stack.data = flat.index_select(1, places).view(-1, *shape)
+
+    def _leave_plain_tensors(self) -> None:
+        """Let experts be packed in memory of their own: vLLM 0.33 packs in place, under whoever took the plain ones."""
+        for module in self._open:
+            if isinstance(module, RoutedExperts):
+                for stack in (module.w13_weight, module.w2_weight):
+                    stack.data = stack.data.clone()
 
     def _close(self) -> None:
         for module in self._open:
