@@ -96,7 +96,11 @@ class SglangLoader(Loader):
     modules = {"self_attn.scales": "self_attn.attn"}  # noqa: RUF012
 
     def __init__(self, model: Lfm2MoeForCausalLM) -> None:
-        super().__init__(model, range(model.start_layer, model.end_layer))
+        super().__init__(
+            model,
+            range(model.start_layer, model.end_layer),
+            kv_is_quantised=kv_cache_is_quantised(),
+        )
         self._packed = model.packed
 
     def write(self, where: Place, parameter: nn.Parameter, tensor: torch.Tensor) -> bool:
@@ -116,6 +120,3 @@ class SglangLoader(Loader):
         else:
             loader(parameter, tensor)
         return True
-
-    def is_unused(self, where: Place) -> bool:
-        return where.parameter.endswith("_scale") and not kv_cache_is_quantised()

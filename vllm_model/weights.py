@@ -137,11 +137,13 @@ class VllmLoader(Loader):
         vllm_config: VllmConfig,
         open_parameter: Callable[[str], None],
     ) -> None:
-        super().__init__(model, range(model.model.start_layer, model.model.end_layer))
-        self._model = model
+        super().__init__(
+            model,
+            range(model.model.start_layer, model.model.end_layer),
+            kv_is_quantised=vllm_config.cache_config.cache_dtype.startswith("fp8"),
+        )
         self._open_parameter = open_parameter
         self._quant_config = vllm_config.quant_config
-        self._kv_is_quantised = vllm_config.cache_config.cache_dtype.startswith("fp8")
         self._experts = [m for m in model.modules() if isinstance(m, RoutedExperts)]
         self._physical = physical_experts(self._experts[0]) if self._experts else {}
 
@@ -167,6 +169,4 @@ class VllmLoader(Loader):
         return any(is_here) or self._experts[0].expert_map is None
 
     def is_unused(self, where: Place) -> bool:
-        if where.parameter.endswith("_scale") and ".attn." in where.parameter:
-            return not self._kv_is_quantised
-        return is_unused(self._quant_config, where.parameter)
+        return super().is_unused(where) or is_unused(self._quant_config, where.parameter)

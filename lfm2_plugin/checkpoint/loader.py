@@ -19,6 +19,7 @@ from lfm2_plugin.checkpoint.report import CheckpointError
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ADAPTED = ".base_layer."  # what a parameter's name has more within either engine's LoRA layer
+_KV_CACHE = ".self_attn.attn."
 _HAS_DEFAULT = re.compile(r"\.attn\.\w+_(scale|zero_point)$|g_idx(_sort_indices)?$")
 
 
@@ -28,6 +29,7 @@ class Loader(ABC):
     Args:
         model: with ``model.embed_tokens``, and the parameters of ``placement.py``.
         layers: the decoder layers of this pipeline stage.
+        kv_is_quantised: whether keys and values are kept in fewer bits than the model's dtype has.
 
     Attributes:
         modules: modules of the table that the engine names otherwise.
@@ -37,7 +39,7 @@ class Loader(ABC):
 
     modules: Mapping[str, str]
 
-    def __init__(self, model: nn.Module, layers: range) -> None:
+    def __init__(self, model: nn.Module, layers: range, *, kv_is_quantised: bool) -> None:
         self.loaded: set[str] = set()
         self.parameters: dict[str, nn.Parameter] = {}
         self._actual: dict[str, str] = {}
@@ -46,15 +48,16 @@ class Loader(ABC):
             self.parameters[plain], self._actual[plain] = parameter, name
         self._model = model
         self._layers = layers
+        self._kv_is_quantised = kv_is_quantised
         self._head: torch.Tensor | None = None
 
     @abstractmethod
     def write(self, where: Place, parameter: nn.Parameter, tensor: torch.Tensor) -> bool:
         """Load ``tensor`` into the part of the parameter that it is; False where another rank has that part."""
 
-    @abstractmethod
     def is_unused(self, where: Place) -> bool:
-        """Whether the engine has no such parameter because what it does here needs none."""
+        """Whether the engine has no such parameter because what it does here needs none: a KV cache's scale."""
+        return _KV_CACHE in where.parameter and not self._kv_is_quantised
 
     def load(self, ledger: Ledger, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load tensors of a checkpoint, under any of its spellings.
