@@ -23,7 +23,7 @@ from lfm2_plugin.checkpoint import (
 )
 from lfm2_plugin.checkpoint.loader import Loader
 from lfm2_plugin.checkpoint.placement import Place
-from lfm2_plugin.checkpoint.quantisation import is_router
+from lfm2_plugin.checkpoint.quantisation import is_router, read_quantisation_config
 from lfm2_plugin.checkpoint.readers import head_differs
 from lfm2_plugin.checkpoint.report import summary
 
@@ -50,6 +50,8 @@ def check_files(arch: Lfm2MoeArch, config: Lfm2MoeConfig) -> tuple[Lfm2MoeArch, 
     folder = checkpoint_folder(config)
     if folder is None:
         return arch, plan_of(arch, quantisation)
+    if quantisation is None:
+        quantisation = read_quantisation_config(folder)  # ModelOpt's may lie beside config.json
     plan = check_checkpoint(arch, folder, quantisation)
     _refuse_quantised_routers(plan)
     if arch.tie_word_embeddings and head_differs(folder):

@@ -47,8 +47,7 @@ class Lfm2MoeOptions:
         arch = Lfm2MoeArch.from_config(vllm_config.model_config.hf_config)
         check_runner(vllm_config.model_config)
         check_support(arch, vllm_config)
-        check_files(arch, vllm_config)
-        name_modules_explicitly(arch, vllm_config)
+        name_modules_explicitly(vllm_config, check_files(arch, vllm_config))
         ignore_mistral_files(vllm_config)
         capture_wide_decodes(vllm_config)
         if vllm_config.lora_config is not None:

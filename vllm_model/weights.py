@@ -59,16 +59,18 @@ def check_files(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> QuantisationPlan:
     return check_checkpoint(arch, folder, quantisation)
 
 
-def name_modules_explicitly(arch: Lfm2MoeArch, vllm_config: VllmConfig) -> None:
+def name_modules_explicitly(vllm_config: VllmConfig, plan: QuantisationPlan) -> None:
     """Write out the lists of modules in the quantization_config, before vLLM matches them by rules of its own.
+
+    Args:
+        vllm_config: settled but for the quantisation config.
+        plan: of :func:`check_files`; of a checkpoint whose files aren't known nothing is written.
 
     Raises:
         UnsupportedQuantisation: modules that vLLM serves as one layer are of different formats.
     """
     quantisation = quantisation_settings(vllm_config)
-    folder = local_folder(vllm_config)
-    if quantisation is not None and folder is not None:
-        plan = check_checkpoint(arch, folder, quantisation)
+    if quantisation is not None and local_folder(vllm_config) is not None:
         set_quantisation_settings(vllm_config, explicit(quantisation, plan, hub_name))
 
 

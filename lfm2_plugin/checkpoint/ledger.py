@@ -29,10 +29,8 @@ from lfm2_plugin.checkpoint.spellings import Spellings, alternate
 
 UNQUANTISED = QuantisationPlan("", {})
 _FLOAT = PLAIN.parameters["weight"]
-_ONE_VALUE_EACH = _FLOAT | {
-    "I8",
-    "F8_E4M3",
-}  # a weight of these has the shape that it has unquantised
+# A weight of these has the shape that it has unquantised.
+_ONE_VALUE_EACH = _FLOAT | {"I8", "F8_E4M3"}
 
 Pieces = list[tuple[str, torch.Tensor]]
 
@@ -105,9 +103,7 @@ class Ledger:
         CheckpointReport(missing=missing, unfilled=sorted(unfilled)).raise_if_bad()
 
     def _enter(self, name: str, tensor: torch.Tensor, report: CheckpointReport) -> Pieces:
-        if name.endswith(
-            ".inv_freq"
-        ):  # a rotary table that old versions saved; derived, never read
+        if name.endswith(".inv_freq"):  # a rotary table of old versions; derived, never read
             return []
         shape = tuple(tensor.shape)
         spelling = self._spellings.read(name, shape)

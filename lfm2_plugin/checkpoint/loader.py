@@ -33,14 +33,13 @@ class Loader(ABC):
 
     Attributes:
         modules: modules of the table that the engine names otherwise.
-        loaded: the parameters that were written to, by their names in the model.
         parameters: the model's, by name without what a LoRA layer adds to it.
     """
 
     modules: Mapping[str, str]
 
     def __init__(self, model: nn.Module, layers: range, *, kv_is_quantised: bool) -> None:
-        self.loaded: set[str] = set()
+        self._written: set[str] = set()
         self.parameters: dict[str, nn.Parameter] = {}
         self._actual: dict[str, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -50,6 +49,11 @@ class Loader(ABC):
         self._layers = layers
         self._kv_is_quantised = kv_is_quantised
         self._head: torch.Tensor | None = None
+
+    @property
+    def loaded(self) -> set[str]:
+        """The parameters that were written to, by their names in the model."""
+        return {self._actual[name] for name in self._written}
 
     @abstractmethod
     def write(self, where: Place, parameter: nn.Parameter, tensor: torch.Tensor) -> bool:
@@ -74,7 +78,7 @@ class Loader(ABC):
 
     def unfilled(self) -> list[str]:
         """The parameters that nothing was loaded into, of those that have no default."""
-        filled = {id(self.parameters[n.replace(_ADAPTED, ".")]) for n in self.loaded}
+        filled = {id(self.parameters[name]) for name in self._written}  # a tied head is filled too
         return [
             name
             for name, parameter in self.parameters.items()
@@ -97,7 +101,7 @@ class Loader(ABC):
         if _kind(tensor.dtype) != _kind(parameter.dtype):
             return False  # copied, codes would be taken for numbers, or numbers for codes
         if self.write(where, parameter, tensor):
-            self.loaded.add(self._actual[where.parameter])
+            self._written.add(where.parameter)
         return True
 
     def _is_another_stages(self, where: Place) -> bool:
