@@ -91,7 +91,9 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError, AttributeError, EOFError) as error:
         reason = str(error).partition("\n")[0]
-        raise AdapterError(f"Its {path.name} is damaged: {reason}. Copy or save it again.") from error
+        raise AdapterError(
+            f"Its {path.name} is damaged: {reason}. Copy or save it again."
+        ) from error
 
 
 def read_adapter(

@@ -17,10 +17,16 @@ Shape = tuple[int, ...]
 
 WEIGHT = "weight"
 
-# Scales of a quantised KV cache; they belong to no linear layer.
-KV_SCALES = frozenset(
-    f"self_attn.{place}{kind}_scale" for kind in "qkv" for place in ("", "attn.", f"{kind}_proj.")
-) | {"self_attn.k_proj.output_scale", "self_attn.v_proj.output_scale", "self_attn.kv_scale"}
+# Scales of a quantised KV cache, which belong to no linear layer, by name below the layer -> the scale.
+KV_SCALES = {
+    f"self_attn.{place}{kind}_scale": f"{kind}_scale"
+    for kind in "qkv"
+    for place in ("", "attn.", f"{kind}_proj.")
+} | {
+    "self_attn.k_proj.output_scale": "k_scale",
+    "self_attn.v_proj.output_scale": "v_scale",
+    "self_attn.kv_scale": "k_scale",  # one for both, which the engines take from the keys'
+}
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,7 @@ def translate(name: str) -> Target | None:
     if match := _IN_LAYER.fullmatch(name):
         layer, rest = int(match[1]), match[2]
     if rest in KV_SCALES and layer is not None:
-        return Target(layer, KV_CACHE, rest.rpartition(".")[2], rest[10:11])
+        return Target(layer, KV_CACHE, KV_SCALES[rest])
     if match := _OF_EXPERT.fullmatch(rest):
         expert, rest = int(match[1]), f"{EXPERTS}.*.{match[2]}"
     row, parameter = _BY_SOURCE.get(rest), WEIGHT

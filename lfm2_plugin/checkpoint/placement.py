@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lfm2_plugin.checkpoint.names import EXPERTS, KV_CACHE, Target, translate
+from lfm2_plugin.checkpoint.names import EXPERTS, Target, translate
 
 _OUTSIDE_LAYERS = {"embed_tokens": "model.embed_tokens", "embedding_norm": "model.embedding_norm"}
-_KV_CACHE_SCALES = {"kv_scale": "k_scale"}  # one for both, which the engines take from the keys'
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,4 @@ def _last(target: Target) -> str:
         return ""
     if target.module == EXPERTS:
         return f".{'w2' if target.shard == 'w2' else 'w13'}_{target.parameter}"
-    if target.module == KV_CACHE:
-        kind = _KV_CACHE_SCALES.get(target.parameter, target.parameter)
-        return f".{f'{target.shard}_scale' if kind == 'output_scale' else kind}"
     return f".{target.parameter}"

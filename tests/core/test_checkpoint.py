@@ -19,7 +19,8 @@ from lfm2_plugin.checkpoint import (
     inspect_files,
     translate,
 )
-from lfm2_plugin.checkpoint.names import LAYER, TOP
+from lfm2_plugin.checkpoint.names import KV_SCALES, LAYER, TOP
+from lfm2_plugin.checkpoint.placement import Place, place
 from tests import tiny
 
 CONFIGS = {"default": {}, "wide-heads": tiny.WIDE_HEADS, "untied": tiny.UNTIED}
@@ -269,8 +270,8 @@ def test_empty_report_is_no_error() -> None:
         ("model.layers.2.self_attn.k_proj.weight_packed",
          Target(2, "self_attn.qkv_proj", "weight_packed", "k")),
         ("model.layers.2.self_attn.out_proj.weight", Target(2, "self_attn.out_proj", "weight")),
-        ("model.layers.2.self_attn.v_proj.v_scale", Target(2, "self_attn.scales", "v_scale", "v")),
-        ("model.layers.2.self_attn.k_scale", Target(2, "self_attn.scales", "k_scale", "k")),
+        ("model.layers.2.self_attn.v_proj.v_scale", Target(2, "self_attn.scales", "v_scale")),
+        ("model.layers.2.self_attn.k_scale", Target(2, "self_attn.scales", "k_scale")),
         ("model.layers.0.conv.conv.bias", Target(0, "conv.conv", "bias")),
         ("model.layers.0.feed_forward.w3.weight", Target(0, "feed_forward.w13", "weight", 1)),
         (BIAS, Target(3, "feed_forward.expert_bias", "weight")),
@@ -307,3 +308,11 @@ def test_every_expected_name_has_its_own_target(overrides: dict, stacked: bool) 
 def test_table_has_no_row_twice() -> None:
     sources = [row.source for row in (*TOP, *LAYER)]
     assert len(set(sources)) == len(sources)
+
+
+@pytest.mark.parametrize("name", sorted(KV_SCALES))
+def test_a_scale_of_a_cache_is_no_part_of_a_fused_matrix(name: str):
+    """Its parameter's loader takes the scale alone: whichever of its names it has in the file."""
+    where = place(f"model.layers.2.{name}", {"self_attn.scales": "self_attn.attn"})
+    kind = name.rpartition(".")[2].replace("output", name[len("self_attn.")]).replace("kv_", "k_")
+    assert where == Place(2, f"model.layers.2.self_attn.attn.{kind}", None, None)
