@@ -20,6 +20,7 @@ from .engine_api import (
     RoutedExperts,
     UnquantizedFusedMoEMethod,
     UnquantizedMoeBackend,
+    found_no_kernel,
     quantiser_is_there,
 )
 
@@ -130,7 +131,8 @@ class CpuRoutedExperts(RoutedExperts):
             raise _no_kernel(quant_config) from error
         if type(method) is UnquantizedFusedMoEMethod:
             return CpuExpertsMethod(moe_config)
-        if not torch.cpu._is_amx_tile_supported() or not quantiser_is_there(quant_config):
+        has_amx = torch.cpu._is_amx_tile_supported()
+        if not has_amx or not quantiser_is_there(quant_config) or found_no_kernel(method):
             raise _no_kernel(quant_config)
         return method
 

@@ -179,6 +179,7 @@ __all__ = [
     "device_type",
     "expert_ranks",
     "extract_layer_index",
+    "found_no_kernel",
     "get_adapter_absolute_path",
     "get_forward_context",
     "get_layerwise_info",
@@ -366,6 +367,13 @@ def pipeline_needs_compilation(vllm_config: VllmConfig) -> bool:
         and vllm_config.parallel_config.pipeline_parallel_size > 1
         and (eager or vllm_config.compilation_config.mode == CompilationMode.NONE)
     )
+
+
+def found_no_kernel(method: FusedMoEMethodBase) -> bool:
+    """Whether vLLM looked for a kernel for these experts in vain. For FP8 and MXFP4 on a CPU it takes note of that, and
+    fails when all weights are there.
+    """
+    return getattr(method, "experts_cls", method) is None
 
 
 def quantiser_is_there(quant_config: QuantizationConfig | None) -> bool:
