@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
+from tests.engine_common.adapters import TARGETS, adapter, clear
 from tests.engine_common.checkpoint_files import named_tensors
 from tests.engine_common.checkpoints import altered, checkpoint
 from tests.engine_common.hf_reference import greedy
@@ -137,3 +139,35 @@ def misnamed(folder: Path) -> tuple[Path, str]:
         tensors[wrong] = tensors.pop(name)
 
     return altered(checkpoint("alpha_other"), folder, rename), wrong
+
+
+def beneath_adapters(update: Update, model: str, ways: list[str], **engine) -> None:
+    """The model under an adapter becomes another one: both it and the two together answer as if made for each other."""
+    other = f"{model}_other"
+    (folder, _), (twin, merged) = (adapter(name, *TARGETS["all"]) for name in (model, other))
+    assert same_factors(folder, twin)
+    adapted = clear([c.prompt for c in cases(other, COUNT)], merged)
+    assert len(adapted) > COUNT / 2
+    with_it = {"prompts": [c.prompt for c in adapted], "lora": str(folder)}
+    steps = [ask(model), dict(with_it)]
+    for way in ways:
+        steps += [{"op": way, "folder": str(checkpoint(other))}, ask(other), dict(with_it)]
+        steps += [{"op": way, "folder": str(checkpoint(model))}, ask(model)]
+    before, _, *results = update(checkpoint(model), steps, **engine)
+    assert_same(before, cases(model, COUNT))
+    for way in ways:
+        done, plain, both, back, again = results[:5]
+        del results[:5]
+        assert done["success"], (way, done)
+        assert back["success"], (way, back)
+        assert_same(plain, cases(other, COUNT))
+        assert_same(both, adapted)
+        assert_same(again, cases(model, COUNT))
+
+
+def same_factors(one: Path, two: Path) -> bool:
+    """Whether two adapters' folders hold the same tensors."""
+    pair = [load_file(folder / "adapter_model.safetensors") for folder in (one, two)]
+    return pair[0].keys() == pair[1].keys() and all(
+        torch.equal(pair[0][name], pair[1][name]) for name in pair[0]
+    )

@@ -4,8 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine_common.adapters import TARGETS, adapter
 from tests.engine_common.checkpoints import checkpoint
-from tests.engine_common.weight_updates import a_part, fifty_updates, misnamed, stacked
+from tests.engine_common.weight_updates import (
+    a_part,
+    beneath_adapters,
+    fifty_updates,
+    misnamed,
+    stacked,
+)
 from tests.tiers import matrix
 
 pytestmark = pytest.mark.engine
@@ -52,6 +59,12 @@ def test_fifty_updates_and_a_saved_state(update, tmp_path, model, names, saves, 
 @pytest.mark.parametrize("model", ["alpha", matrix("beta")])
 def test_a_part_of_the_weights(update, tmp_path, model):
     a_part(update, tmp_path / "mixed", model, ["from_tensors"])
+
+
+@pytest.mark.matrix
+def test_updates_beneath_adapters(update):
+    folder = adapter("alpha", *TARGETS["all"])[0]
+    beneath_adapters(update, "alpha", WAYS, lora_paths=[f"{folder}={folder}"])
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -10,6 +10,7 @@ from tests.engine_common.weight_updates import (
     COUNT,
     a_part,
     ask,
+    beneath_adapters,
     fifty_updates,
     misnamed,
     stacked,
@@ -84,3 +85,7 @@ def test_half_an_update_is_not_served(update, tmp_path):
     assert whole["success"]
     assert_same(answers, cases("alpha_other", COUNT))
     assert "weights of two checkpoints" in refusal
+
+
+def test_updates_beneath_adapters(update):
+    beneath_adapters(update, "alpha", WAYS, enable_lora=True, max_lora_rank=8)
