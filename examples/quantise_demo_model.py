@@ -129,14 +129,15 @@ def calibration(tokenizer: Any) -> Dataset:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Size, quantization_config, and how many tensors of which name and dtype a checkpoint holds."""
+    """Size, quantization_config, and how many tensors of which name, dtype and shape a checkpoint holds."""
     kinds: Counter[str] = Counter()
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-                kinds[f"{kind} {tensors.get_slice(name).get_dtype()}"] += 1
+                part = tensors.get_slice(name)
+                kinds[f"{kind} {part.get_dtype()} {part.get_shape()}"] += 1
     config = json.loads((folder / "config.json").read_text())
     return {
         "bytes": sum(file.stat().st_size for file in files),

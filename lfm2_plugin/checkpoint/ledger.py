@@ -16,6 +16,8 @@ import torch
 
 from lfm2_plugin.arch import Lfm2MoeArch
 from lfm2_plugin.checkpoint.names import (
+    WEIGHT,
+    Shape,
     expected_tensors,
     is_kv_scale,
     is_quantisable,
@@ -29,8 +31,6 @@ from lfm2_plugin.checkpoint.spellings import Spellings, alternate
 
 UNQUANTISED = QuantisationPlan("", {})
 _FLOAT = PLAIN.parameters["weight"]
-# A weight of these has the shape that it has unquantised.
-_ONE_VALUE_EACH = _FLOAT | {"I8", "F8_E4M3"}
 
 Pieces = list[tuple[str, torch.Tensor]]
 
@@ -44,6 +44,7 @@ class Ledger:
     """
 
     def __init__(self, arch: Lfm2MoeArch, plan: QuantisationPlan = UNQUANTISED) -> None:
+        self._arch = arch
         self._needed = expected_tensors(arch)
         self._known = {**optional_tensors(arch), **self._needed}
         self._spellings = Spellings(arch)
@@ -108,7 +109,7 @@ class Ledger:
         shape = tuple(tensor.shape)
         spelling = self._spellings.read(name, shape)
         if spelling.whole is not None and shape != spelling.whole:
-            report.wrong_shape[name] = (shape, spelling.whole)
+            report.wrong_shape[name] = (shape, str(list(spelling.whole)))
             return []
         pieces = spelling.pieces(tensor)
         for hub_name, piece in pieces:
@@ -126,26 +127,43 @@ class Ledger:
 
         ``spelled`` is its module in the checkpoint, by which the quantisation config speaks of it.
         """
-        module, _, parameter = hub_name.rpartition(".")
         dtype, shape = dtype_name(tensor.dtype), tuple(tensor.shape)
-        needed, why = self._known.get(hub_name), ""
-        if self._is_matmul(module) and parameter != "bias":
+        needed = self._known.get(hub_name)
+        allowed = _FLOAT if needed is not None else None
+        shapes: tuple[Shape, ...] = () if needed is None else (needed,)
+        why = owed = ""
+        module, _, parameter = hub_name.rpartition(".")
+        if is_kv_scale(hub_name):
+            allowed = _FLOAT if self._plan.method or self._plan.kv_scales else None
+            shapes, why = self._kv_shapes(hub_name, shape), self._says(PLAIN)
+            owed = " (a scale of a KV cache)"
+        elif self._is_matmul(module) and parameter != "bias":
             form = self._formats[module] = self._plan.of(spelled)
             allowed = {**form.parameters, **form.optional}.get(parameter)
-            why = self._says(form)
-            if dtype not in _ONE_VALUE_EACH:
-                needed = None
-        elif is_kv_scale(hub_name):
-            allowed = _FLOAT if self._plan.method or self._plan.kv_scales else None
-            why = self._says(PLAIN)
-        else:
-            allowed = _FLOAT if needed is not None else None
+            rows, columns = self._known[f"{module}.{WEIGHT}"]
+            shapes, why = form.shapes(parameter, rows, columns), self._says(form)
+            owed = "" if form == PLAIN else f"{why[:-1]} of a {[rows, columns]} matrix)"
         if allowed is None:
             report.unexpected[name] = why
         elif dtype not in allowed:
             report.wrong_dtype[name] = (dtype, " or ".join(sorted(allowed)) + why)
-        elif needed is not None and shape != needed:
-            report.wrong_shape[name] = (shape, needed)
+        elif shapes and shape not in shapes:
+            right = " or ".join(str(list(one)) for one in shapes)
+            report.wrong_shape[name] = (shape, right + owed)
+
+    def _kv_shapes(self, name: str, shape: Shape) -> tuple[Shape, ...]:
+        """The shapes that a KV cache's scale may have: one value, or where the config says so one a head.
+
+        vLLM takes one value in any number of dimensions, and llm-compressor's (heads, 1, 1) for values a head
+        (``quantization/kv_cache.py``, ``compressed_tensors/compressed_tensors.py``).
+        """
+        shapes: tuple[Shape, ...] = ((1,) * len(shape), (1,), ())
+        if self._plan.kv_per_head:
+            place = name.partition(".self_attn.")[2]
+            query = place.rpartition(".")[2].startswith("q_")
+            heads = self._arch.num_heads if query else self._arch.num_kv_heads
+            shapes = (heads, 1, 1), (heads,), *shapes
+        return tuple(dict.fromkeys(shapes))
 
     def _says(self, form: WeightFormat) -> str:
         """The part of an error that says whose promise is broken."""

@@ -29,7 +29,7 @@ class CheckpointReport:
     Attributes:
         missing: names (of the hub) that the model needs.
         unexpected: name -> why it has no place, in brackets; empty if the model has no such tensor.
-        wrong_shape: name -> (shape in the checkpoint, shape of the model).
+        wrong_shape: name -> (shape in the checkpoint, which shapes are right and why, in words).
         wrong_dtype: name -> (dtype in the checkpoint, what its module needs), as safetensors spells dtypes.
         twice: names of tensors that came a second time, under the same name or another spelling of it.
         unplaced: names for which the engine's model has no parameter.
@@ -38,7 +38,7 @@ class CheckpointReport:
 
     missing: list[str] = field(default_factory=list)
     unexpected: dict[str, str] = field(default_factory=dict)
-    wrong_shape: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    wrong_shape: dict[str, tuple[Shape, str]] = field(default_factory=dict)
     wrong_dtype: dict[str, tuple[str, str]] = field(default_factory=dict)
     twice: list[str] = field(default_factory=list)
     unplaced: list[str] = field(default_factory=list)
@@ -78,7 +78,7 @@ class CheckpointReport:
         """One text for each kind of fault that there is."""
         at = {name: f" (in {file})" for name, file in files.items()}
         shapes = {
-            name: f" is {list(found)}, not {list(needed)}"
+            name: f" is {list(found)}, not {needed}"
             for name, (found, needed) in self.wrong_shape.items()
         }
         dtypes = {

@@ -10,6 +10,7 @@ import torch
 from lfm2_plugin.arch import Lfm2MoeArch
 from lfm2_plugin.checkpoint import names
 from lfm2_plugin.checkpoint.quantisation import read_plan
+from lfm2_plugin.checkpoint.spellings import hub_name
 from lfm2_plugin.demo import model_path
 from tests.engine_common.quantised import quantised
 
@@ -44,7 +45,7 @@ def test_a_formats_tensors_are_those_that_compressed_tensors_writes(preset: str)
 
     form, name = LAYOUTS[preset]
     scheme = quantization.preset_name_to_scheme(preset, ["Linear"])
-    module = torch.nn.Linear(256, 256, bias=False, dtype=torch.bfloat16)
+    module = torch.nn.Linear(384, 256, bias=False, dtype=torch.bfloat16)
     quantization.initialize_module_for_quantization(module, scheme, force_zero_point=True)
     if form.startswith("nvfp4"):
         module.weight_global_scale.data.fill_(1)
@@ -61,6 +62,8 @@ def test_a_formats_tensors_are_those_that_compressed_tensors_writes(preset: str)
     assert set(found.parameters) <= set(dtypes) <= {*found.parameters, *found.optional}
     allowed = {**found.optional, **found.parameters}
     assert not {name: dtype for name, dtype in dtypes.items() if dtype not in allowed[name]}
+    shapes = {name: tuple(value.shape) for name, value in written.items()}
+    assert shapes == {name: found.shapes(name, 256, 384)[0] for name in written}
 
 
 MANIFEST = json.loads((Path(__file__).parent / "llm_compressor_manifest.json").read_text())
@@ -71,38 +74,48 @@ def kind(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
+ARCH = Lfm2MoeArch.from_config(json.loads((model_path() / "config.json").read_text()))
+SIZES = {
+    name.removesuffix(".weight"): shape
+    for name, shape in names.expected_tensors(ARCH).items()
+    if names.is_quantisable(name)
+}
+
+
 def linears(*, hub: bool) -> list[str]:
     """The demo model's linear modules, experts as the hub or as llm-compressor spells them."""
-    arch = Lfm2MoeArch.from_config(json.loads((model_path() / "config.json").read_text()))
     found = []
-    for name in filter(names.is_quantisable, names.expected_tensors(arch)):
-        head, _, tail = name.removesuffix(".weight").rpartition(".")
+    for module in SIZES:
+        head, _, tail = module.rpartition(".")
         found.append(f"{head}.{EXPERT[tail] if '.experts.' in head and not hub else tail}")
     return found
 
 
 @pytest.mark.parametrize("checkpoint", [name for name in MANIFEST if name != "made with"])
 def test_what_llm_compressor_writes_is_what_its_config_promises(checkpoint: str):
-    """The manifest of `make quantised-checkpoints`: each kind of tensor with its dtype, and how many there are."""
-    written = {}  # kind of tensor -> (dtype, how many), of linear modules
+    """The manifest of `make quantised-checkpoints`: each kind of tensor with its dtype, shape and number."""
+    written = {}  # kind of tensor -> (dtype, shape, how many), of linear modules
     hub = "model.layers.*.feed_forward.experts.*.w1" in str(MANIFEST[checkpoint]["tensors"])
     modules = linears(hub=hub)
     kinds = {kind(module) for module in modules}
     for line, count in MANIFEST[checkpoint]["tensors"].items():
-        name, dtype = line.split()
+        name, dtype, shape = line.split(maxsplit=2)
         if name.rpartition(".")[0] in kinds:
-            written[name] = (dtype, count)
+            assert name not in written
+            written[name] = (dtype, tuple(json.loads(shape)), count)
     parameters = {name.rpartition(".")[2] for name in written}
     held = [f"{m}.{p}" for m in modules for p in parameters if f"{kind(m)}.{p}" in written]
 
     plan = read_plan(MANIFEST[checkpoint]["quantization_config"], modules, held)
     promised: Counter[str] = Counter()
     for module in modules:
-        for parameter, dtypes in plan.of(module).parameters.items():
+        form = plan.of(module)
+        for parameter, dtypes in form.parameters.items():
             name = f"{kind(module)}.{parameter}"
             assert written[name][0] in dtypes, name
+            assert written[name][1] == form.shapes(parameter, *SIZES[hub_name(module)])[0], name
             promised[name] += 1
-    assert promised == {name: count for name, (_, count) in written.items()}
+    assert promised == {name: count for name, (_, _, count) in written.items()}
     routers = {module for module in modules if module.endswith(".feed_forward.gate")}
     with_router = checkpoint == "fp8-dynamic-router"
     assert routers <= (plan.quantised_modules if with_router else plan.plain_modules)

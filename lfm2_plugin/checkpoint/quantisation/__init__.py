@@ -4,7 +4,6 @@ from lfm2_plugin.checkpoint.quantisation.explicit import explicit
 from lfm2_plugin.checkpoint.quantisation.plan import (
     METHODS,
     QuantisationPlan,
-    explicit_ignore,
     modules_by_engine_name,
     read_plan,
     read_quantisation_config,
@@ -25,7 +24,6 @@ __all__ = [
     "UnsupportedQuantisation",
     "WeightFormat",
     "explicit",
-    "explicit_ignore",
     "is_router",
     "modules_by_engine_name",
     "read_plan",

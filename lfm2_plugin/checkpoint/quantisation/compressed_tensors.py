@@ -5,6 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lfm2_plugin.checkpoint.quantisation.tiles import (
+    CHANNEL,
+    COLUMN,
+    EACH,
+    WHOLE,
+    Fixed,
+    Layout,
+    Tile,
+    dense,
+    is_size,
+    whole,
+)
 from lfm2_plugin.checkpoint.quantisation.weight_format import (
     FLOAT,
     FP8,
@@ -26,6 +38,7 @@ from lfm2_plugin.checkpoint.quantisation.weight_format import (
 # The classes of the modules in transformers 5, base classes included, as entries may name them.
 _LINEAR = ("Linear", "Module")
 _ROUTER = ("Lfm2MoeTopKRouter", "Module")
+MOST_BITS = 8
 _NAIVE = ("int-quantized", "float-quantized", "naive-quantized")
 
 
@@ -124,7 +137,74 @@ def _scheme_format(scheme: Mapping[str, Any], form: str, group: str) -> WeightFo
     elif inputs and inputs.get("dynamic") is False:
         parameters["input_scale"] = FLOAT
         (optional if inputs.get("symmetric", True) else parameters)["input_zero_point"] = INT8
-    return WeightFormat(_name(weights, inputs, form), parameters, optional)
+    layouts = _layouts(weights, inputs, form, group)
+    return WeightFormat(_name(weights, inputs, form), parameters, optional, layouts)
+
+
+def _layouts(
+    weights: Mapping[str, Any], inputs: Mapping[str, Any], form: str, group: str
+) -> dict[str, tuple[Layout, ...]]:
+    """What the shapes of a scheme's tensors follow.
+
+    As compressed-tensors initializes scales (``quantization/lifecycle/initialize.py``) and packs weights
+    (``compressors/``); ``tests/core/test_quantised_formats.py`` compares them with what it writes. vLLM has the same
+    shapes in its parameters (``compressed_tensors/schemes``), but for integers of a number of bits that doesn't divide
+    32, which it has without gaps: both are right.
+    """
+    scales = _scales(weights, group)
+    found: dict[str, tuple[Layout, ...]] = {
+        "weight": (EACH,),
+        "weight_scale": (scales,),
+        "weight_zero_point": (scales,),
+        "weight_g_idx": (COLUMN,),
+        "weight_shape": (Fixed((2,)),),
+        "weight_global_scale": (WHOLE,),
+        "input_global_scale": (WHOLE,),
+    }
+    if form == "pack-quantized":
+        bits = weights.get("num_bits", 8)
+        if not is_size(bits) or bits > MOST_BITS:
+            raise _malformed(group, "num_bits", bits)
+        packed = (whole(bits), dense(bits))
+        found["weight_packed"] = tuple(Tile(1, each) for each in packed)
+        found["weight_zero_point"] = tuple(Tile(each, scales.columns) for each in packed)
+    else:
+        found["weight_packed"] = (Tile(1, 2),)
+    if inputs.get("strategy", "tensor") == "tensor":
+        found["input_scale"] = found["input_zero_point"] = (WHOLE,)
+    return found
+
+
+def _scales(weights: Mapping[str, Any], group: str) -> Tile:
+    """The weights that share a scale; without a strategy by the size of a group, as in compressed-tensors."""
+    size, strategy = weights.get("group_size"), weights.get("strategy")
+    if strategy is None:
+        strategy = "tensor" if size is None else "channel" if size == -1 else "group"
+    if strategy == "tensor":
+        return WHOLE
+    if strategy == "channel":
+        return CHANNEL
+    if strategy in ("group", "tensor_group"):
+        if not is_size(size):
+            raise _malformed(group, "group_size", size)
+        return Tile(1, size)
+    if strategy != "block":
+        raise _malformed(group, "strategy", strategy)
+    told = weights.get("block_structure")
+    block = told.split("x") if isinstance(told, str) else told
+    if not isinstance(block, list | tuple) or len(block) != 2:
+        raise _malformed(group, "block_structure", told)
+    rows, columns = (int(n) if isinstance(n, str) and n.isdecimal() else n for n in block)
+    if not (is_size(rows) and is_size(columns)):
+        raise _malformed(group, "block_structure", told)
+    return Tile(rows, columns)
+
+
+def _malformed(group: str, key: str, value: Any) -> UnsupportedQuantisation:
+    return UnsupportedQuantisation(
+        f"quantization_config: config_groups[{group!r}] has weights with the {key} {value!r}, which is not supported. "
+        "Use the config.json that came with the checkpoint."
+    )
 
 
 def _naive_dtype(weights: Mapping[str, Any], form: str, group: str) -> Dtypes:

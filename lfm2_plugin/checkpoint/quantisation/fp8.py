@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lfm2_plugin.checkpoint.quantisation.tiles import EACH, WHOLE, Tile, is_size
 from lfm2_plugin.checkpoint.quantisation.weight_format import (
     FLOAT,
     FP8,
@@ -45,6 +46,11 @@ def formats(
 
 
 def _format(config: Mapping[str, Any]) -> WeightFormat:
+    """The one format of a config.
+
+    Shapes as the engines' parameters have them (``Fp8LinearMethod.create_weights`` and ``Fp8MoEMethod`` in vLLM's and
+    SGLang's ``quantization/fp8.py``): one scale a weight, or one a block, the last of which may be partial.
+    """
     scheme = config.get("activation_scheme", "dynamic")
     block = config.get("weight_block_size")
     if scheme not in ("dynamic", "static") or (scheme == "static" and block is not None):
@@ -56,10 +62,13 @@ def _format(config: Mapping[str, Any]) -> WeightFormat:
         parameters = {"weight": FP8, "weight_scale": FLOAT}
         if scheme == "static":
             parameters["input_scale"] = FLOAT
-        return WeightFormat(f"W8A8 fp8, {scheme} activations", parameters)
-    if not (isinstance(block, list | tuple) and len(block) == 2):
+        scales = dict.fromkeys(("weight_scale", "input_scale"), (WHOLE,))
+        name = f"W8A8 fp8, {scheme} activations"
+        return WeightFormat(name, parameters, layouts={"weight": (EACH,), **scales})
+    if not (isinstance(block, list | tuple) and len(block) == 2 and all(map(is_size, block))):
         raise UnsupportedQuantisation(
             f"quantization_config of fp8: weight_block_size is {block!r}, not two numbers."
         )
     name = f"W8A8 fp8 block {block[0]}x{block[1]}"
-    return WeightFormat(name, {"weight": FP8, "weight_scale_inv": FLOAT})
+    layouts = {"weight": (EACH,), "weight_scale_inv": (Tile(*block),)}
+    return WeightFormat(name, {"weight": FP8, "weight_scale_inv": FLOAT}, layouts=layouts)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import translate
 from functools import cache
 from typing import Any
 
+from lfm2_plugin.checkpoint.quantisation.tiles import CHANNEL, EACH, WHOLE, Tile, is_size
 from lfm2_plugin.checkpoint.quantisation.weight_format import (
     FLOAT,
     FP8,
@@ -23,15 +25,27 @@ from lfm2_plugin.checkpoint.quantisation.weight_format import (
 
 _WILDCARD = frozenset("*?[")
 MIXED = "MIXED_PRECISION"
+_NVFP4_GROUP = 16
+_PER_BYTE = Tile(1, 2)
+
+# The shapes are those of the engines' parameters: the classes K... of vLLM's quantization/modelopt.py, and SGLang's
+# quantization/modelopt_quant.py. ModelOpt itself writes blocks' scales with four dimensions.
 ALGORITHMS = {
     "FP8": WeightFormat(
         "W8A8 fp8, static activations",
         {"weight": FP8, "weight_scale": FP32, "input_scale": FP32},
+        layouts={"weight": (EACH,), "weight_scale": (WHOLE,), "input_scale": (WHOLE,)},
     ),
     "FP8_PER_CHANNEL_PER_TOKEN": WeightFormat(
-        "W8A8 fp8 per channel", {"weight": FP8, "weight_scale": FLOAT}
+        "W8A8 fp8 per channel",
+        {"weight": FP8, "weight_scale": FLOAT},
+        layouts={"weight": (EACH,), "weight_scale": (CHANNEL,)},
     ),
-    "FP8_PB_WO": WeightFormat("W8A16 fp8 block", {"weight": FP8, "weight_scale": FLOAT}),
+    "FP8_PB_WO": WeightFormat(
+        "W8A16 fp8 block",
+        {"weight": FP8, "weight_scale": FLOAT},
+        layouts={"weight": (EACH,), "weight_scale": (Tile(128, 128, spaced=True),)},
+    ),
     "NVFP4": WeightFormat(
         "W4A4 NVFP4",
         {"weight": UINT8, "weight_scale": FP8, "weight_scale_2": FP32, "input_scale": FP32},
@@ -41,7 +55,11 @@ ALGORITHMS = {
         {"weight": UINT8, "weight_scale": FP8, "weight_scale_2": FP32},
         {"input_scale": FP32},
     ),
-    "MXFP8": WeightFormat("W8A8 MXFP8", {"weight": FP8, "weight_scale": UINT8}),
+    "MXFP8": WeightFormat(
+        "W8A8 MXFP8",
+        {"weight": FP8, "weight_scale": UINT8},
+        layouts={"weight": (EACH,), "weight_scale": (Tile(1, 32),)},
+    ),
 }
 
 
@@ -65,12 +83,12 @@ def formats(
     algorithm = str(settings.get("quant_algo") or "").upper()
     if algorithm == MIXED:
         layers = settings.get("quantized_layers") or {}
-        listed = {name: _algorithm(dict(entry).get("quant_algo")) for name, entry in layers.items()}
+        listed = {name: _algorithm(dict(entry), settings) for name, entry in layers.items()}
         return {
             module: PLAIN if is_ignored(module, ignore) else _around(module, listed)
             for module in linears
         }
-    made = _algorithm(algorithm)
+    made = _algorithm(settings)
     found = {}
     for module in linears:
         # The router is no Linear in transformers 5, so not every release lists it.
@@ -98,14 +116,28 @@ def _wildcard(entry: str) -> re.Pattern[str]:
     return re.compile(translate(entry))  # which is a regular expression whatever the entry is
 
 
-def _algorithm(name: Any) -> WeightFormat:
+def _algorithm(
+    settings: Mapping[str, Any], around: Mapping[str, Any] | None = None
+) -> WeightFormat:
+    """The format of settings; what these leave open, those around them say."""
+    name = settings.get("quant_algo")
     found = ALGORITHMS.get(str(name or "").upper())
     if found is None:
         known = ", ".join([*ALGORITHMS, MIXED])
         raise UnsupportedQuantisation(
             f"quantization_config of modelopt: quant_algo {name!r} is not supported (supported: {known})."
         )
-    return found
+    if not found.name.endswith("NVFP4"):
+        return found
+    group = settings.get("group_size") or (around or {}).get("group_size") or _NVFP4_GROUP
+    if not is_size(group):
+        raise UnsupportedQuantisation(
+            f"quantization_config of modelopt: group_size is {group!r}, not a number of weights. Use the config.json "
+            "that came with the checkpoint."
+        )
+    scales = dict.fromkeys(("weight_scale_2", "input_scale"), (WHOLE,))
+    layouts = {"weight": (_PER_BYTE,), "weight_scale": (Tile(1, group),), **scales}
+    return replace(found, layouts=layouts)
 
 
 def _around(module: str, listed: Mapping[str, WeightFormat]) -> WeightFormat:

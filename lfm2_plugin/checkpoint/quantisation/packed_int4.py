@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from lfm2_plugin.checkpoint.quantisation.tiles import COLUMN, Tile, dense, is_size, whole
 from lfm2_plugin.checkpoint.quantisation.weight_format import (
     FLOAT,
     INT32,
@@ -17,6 +18,7 @@ from lfm2_plugin.checkpoint.quantisation.weight_format import (
     strings,
 )
 
+MOST_BITS = 8
 _IN_LAYERS = ".layers."  # both quantise decoder layers; the head only where the config says so
 
 
@@ -27,15 +29,7 @@ def awq_formats(
 
     Without entries the file decides, since tools leave out modules that they don't list.
     """
-    bits, group = config.get("w_bit", config.get("bits")), config.get("q_group_size")
-    group = config.get("group_size") if group is None else group
-    parameters = {"qweight": INT32, "scales": FLOAT}
-    zeros = {"qzeros": INT32}
-    made = WeightFormat(
-        f"W{_number(bits, 'awq', 'bits')}A16 AWQ g{group}",
-        parameters | (zeros if config.get("zero_point", True) else {}),
-        {} if config.get("zero_point", True) else zeros,
-    )
+    made = _awq(config)
     entries = strings(config, "modules_to_not_convert")
     found = {}
     for module in linears:
@@ -77,11 +71,46 @@ def gptq_formats(
     return found
 
 
+def _awq(config: Mapping[str, Any]) -> WeightFormat:
+    """AWQ packs along the rows: shapes of ``create_weights`` in vLLM's ``auto_awq.py``, SGLang's ``awq/schemes``."""
+    bits, group = config.get("w_bit", config.get("bits")), config.get("q_group_size")
+    group = config.get("group_size") if group is None else group
+    bits = _bits(bits, "awq")
+    packed, columns = whole(bits), _group(group, "awq")
+    parameters = {"qweight": INT32, "scales": FLOAT}
+    zeros = {"qzeros": INT32}
+    always = config.get("zero_point", True)
+    return WeightFormat(
+        f"W{bits}A16 AWQ g{group}",
+        parameters | (zeros if always else {}),
+        {} if always else zeros,
+        {
+            "qweight": (Tile(packed, 1, transposed=True),),
+            "qzeros": (Tile(packed, columns, transposed=True),),
+            "scales": (Tile(1, columns, transposed=True),),
+        },
+    )
+
+
 def _gptq(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> WeightFormat:
-    bits = _number(overrides.get("bits", config.get("bits")), "gptq", "bits")
+    """GPTQ packs weights along the columns and zeros along the rows; an entry of g_idx is a column's group.
+
+    Shapes of ``create_weights`` in vLLM's ``auto_gptq.py`` and SGLang's ``gptq/schemes``.
+    """
+    bits = _bits(overrides.get("bits", config.get("bits")), "gptq")
     group = overrides.get("group_size", config.get("group_size"))
-    parameters = {"qweight": INT32, "qzeros": INT32, "scales": FLOAT}
-    return WeightFormat(f"W{bits}A16 GPTQ g{group}", parameters, {"g_idx": INT32})
+    packed, columns = dense(bits), _group(group, "gptq")
+    return WeightFormat(
+        f"W{bits}A16 GPTQ g{group}",
+        {"qweight": INT32, "qzeros": INT32, "scales": FLOAT},
+        {"g_idx": INT32},
+        {
+            "qweight": (Tile(1, packed, transposed=True),),
+            "qzeros": (Tile(packed, columns, transposed=True),),
+            "scales": (Tile(1, columns, transposed=True),),
+            "g_idx": (COLUMN,),
+        },
+    )
 
 
 def _overrides(module: str, dynamic: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -98,11 +127,23 @@ def _may_be(module: str, config: Mapping[str, Any]) -> bool:
     return _IN_LAYERS in module or (module == "lm_head" and bool(config.get("lm_head")))
 
 
-def _number(value: Any, method: str, key: str) -> int:
-    if not isinstance(value, int):
+def _bits(value: Any, method: str) -> int:
+    if not is_size(value) or value > MOST_BITS:
         raise UnsupportedQuantisation(
-            f"quantization_config of {method}: {key} is {value!r}, not a number. Use the config.json that came with "
-            "the checkpoint."
+            f"quantization_config of {method}: bits is {value!r}, not a number of bits. Use the config.json that came "
+            "with the checkpoint."
+        )
+    return value
+
+
+def _group(value: Any, method: str) -> int | None:
+    """The columns that share a scale; None for all of them, which is -1 in a config."""
+    if value == -1:
+        return None
+    if not is_size(value):
+        raise UnsupportedQuantisation(
+            f"quantization_config of {method}: group_size is {value!r}, neither a number of weights nor -1. Use the "
+            "config.json that came with the checkpoint."
         )
     return value
 

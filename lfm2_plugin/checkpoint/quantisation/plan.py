@@ -1,4 +1,4 @@
-"""What a checkpoint's quantization_config promises, module by module, and the engines' ignore list made of it."""
+"""What a checkpoint's quantization_config promises, module by module."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ class QuantisationPlan:
         method: one of METHODS, or "" for an unquantised checkpoint.
         formats: checkpoint name of a linear module -> its format.
         kv_scales: the config speaks of a quantised KV cache, whose scales may be in the file.
+        kv_per_head: and of scales for each head.
     """
 
     method: str
     formats: Mapping[str, WeightFormat] = field(hash=False)
     kv_scales: bool = False
+    kv_per_head: bool = False
 
     def of(self, module: str) -> WeightFormat:
         """The format of a linear module, by its name in the checkpoint; PLAIN for modules that aren't linear."""
@@ -84,7 +86,10 @@ def read_plan(
     formats = _READERS[method](config, linears, Held(tensors))
     nested = config.get("quantization")
     settings = nested if isinstance(nested, Mapping) else config
-    return QuantisationPlan(method, formats, any(settings.get(key) for key in _KV_ENTRIES))
+    scheme = settings.get("kv_cache_scheme")
+    per_head = isinstance(scheme, Mapping) and scheme.get("strategy") == "attn_head"
+    speaks = any(settings.get(key) for key in _KV_ENTRIES)
+    return QuantisationPlan(method, formats, speaks, per_head)
 
 
 def read_quantisation_config(folder: Path | str) -> Mapping[str, Any] | None:
@@ -125,16 +130,6 @@ def modules_by_engine_name(
                 f"are served as one layer, {name}. Quantise both alike, or ignore both."
             )
     return {name: plan.formats[module] for name, module in first.items()}
-
-
-def explicit_ignore(plan: QuantisationPlan, rename: Callable[[str], str | None]) -> list[str]:
-    """The modules that an engine must build unquantised, by its own names, each once, sorted.
-
-    Args and raises as :func:`modules_by_engine_name`.
-    """
-    return sorted(
-        name for name, found in modules_by_engine_name(plan, rename).items() if found == PLAIN
-    )
 
 
 def _method(config: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a quantised linear layer consists of in a file: its tensors and their dtypes."""
+"""What a quantised linear layer consists of in a file: its tensors, their dtypes and shapes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+
+from lfm2_plugin.checkpoint.quantisation.tiles import EACH, Layout, Shape
 
 Dtypes = frozenset[str]  # as the header of a safetensors file writes them
 
@@ -31,19 +33,26 @@ class WeightFormat:
         name: what it is called in messages, such as "W4A16 int4 g128".
         parameters: the tensors that every layer of this format has, name below the module -> allowed dtypes.
         optional: those that it may have besides.
+        layouts: name -> what its shape follows; of several, any is right. Without an entry every shape is.
     """
 
     name: str
     parameters: Mapping[str, Dtypes] = field(hash=False)
     optional: Mapping[str, Dtypes] = field(default_factory=dict, hash=False)
+    layouts: Mapping[str, tuple[Layout, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def marks(self) -> Dtypes:
         """The tensors that tell a layer of this format from an unquantised one: all but "weight"."""
         return frozenset(self.parameters) - {"weight"}
 
+    def shapes(self, parameter: str, rows: int, columns: int) -> tuple[Shape, ...]:
+        """The shapes that a tensor may have beside a matrix of that size, the usual one first; none if any is right."""
+        layouts = self.layouts.get(parameter, ())
+        return tuple(dict.fromkeys(s for each in layouts for s in each.shapes(rows, columns)))
 
-PLAIN = WeightFormat("unquantised", {"weight": FLOAT})
+
+PLAIN = WeightFormat("unquantised", {"weight": FLOAT}, layouts={"weight": (EACH,)})
 
 # transformers 4 has the router as a Linear, transformers 5 as a class of its own, which no tool takes for a linear
 # layer: whether the entries that mean "every Linear" included it, only the file can tell.
