@@ -8,6 +8,7 @@ engines rename them with their modules.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -52,12 +53,16 @@ def explicit(
         settings = made["quantization"] if isinstance(made.get("quantization"), dict) else made
         present = [key for key in ("exclude_modules", "ignore") if key in settings]
         for key in present or ["exclude_modules" if settings is not made else "ignore"]:
-            settings[key] = sorted(plain)
+            settings[key] = sorted(plain) + _layers_of_experts(plain)
     elif plan.method == "awq":
         made["modules_to_not_convert"] = sorted(plain) + _layers_of_experts(plain)
     elif plan.method == "gptq":
         quantised = _both(plan.quantised_modules, hub_name)
         made["modules_in_block_to_quantize"] = sorted(quantised) + _layers_of_experts(quantised)
+        # Of experts vLLM asks these patterns alone, the first that matches.
+        layers = _layers_of_experts(plain)
+        left_out: dict[str, Any] = {f"-:{re.escape(layer)}(\\..*)?$": {} for layer in layers}
+        made["dynamic"] = left_out | (made.get("dynamic") or {})
     return made
 
 
