@@ -102,7 +102,7 @@ def read_adapter(
     tensors: Mapping[str, torch.Tensor],
     adaptable: Collection[str] = ADAPTABLE,
 ) -> list[AdapterPart]:
-    """Sort an adapter's tensors into the modules that they are for. Looks at names, shapes and dtypes only.
+    """Sort an adapter's tensors into the modules that they are for. Of values only NaN and infinity are looked for.
 
     Args:
         arch: the model that it is to be served with.
@@ -111,8 +111,8 @@ def read_adapter(
         adaptable: the modules that the engine can adapt.
 
     Raises:
-        AdapterError: a tensor that is no factor, is for a module that can't be adapted or for another model, or lacks
-            its other half.
+        AdapterError: a tensor that is no factor, is for a module that can't be adapted or for another model, lacks its
+            other half, or holds NaN or infinity.
     """
     shapes = expected_tensors(arch) | optional_tensors(arch)
     pairs = _pairs(tensors, shapes)
@@ -135,6 +135,9 @@ def read_adapter(
         _check_shapes(module, pair, (rank, columns), (rows, rank))
         parts.append(AdapterPart(target, pair["A"], pair["B"], scaling))
     _check_once(parts)
+    # One NaN would make every answer with the adapter nonsense, without an error.
+    wild = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    _refuse(wild, "has NaN or infinity in", "Take an earlier state of its training")
     return parts
 
 

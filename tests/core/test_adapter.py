@@ -324,3 +324,15 @@ def test_the_file_of_tensors(tmp_path, suffix):
         path.write_bytes(damaged)
         with pytest.raises(AdapterError, match=rf"adapter_model.{suffix} is damaged: "):
             read_adapter_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_are_no_numbers(value, dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in factors(FINE).items()}
+    arch = Lfm2MoeArch.from_config(make_model().config)
+    read_adapter(arch, CONFIG, tensors)
+    name = sorted(tensors)[1]
+    tensors[name].view(-1)[-1] = value
+    with pytest.raises(AdapterError, match=rf"has NaN or infinity in: {re.escape(name)}\. "):
+        read_adapter(arch, CONFIG, tensors)
