@@ -52,7 +52,7 @@ PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "w13": ["w1", "w3"], "in_p
 def read_for(
     vllm_config: VllmConfig, name: str, folder: Path
 ) -> tuple[AdapterConfig, list[AdapterPart]]:
-    """Read an adapter by the headers of its files, and check that this engine can serve it.
+    """Read an adapter from its folder, and check that this engine can serve it.
 
     Raises:
         AdapterError: it can't be served; names the adapter, what is wrong and what to do.
