@@ -23,6 +23,7 @@ from lfm2_plugin.checkpoint.names import (
     is_quantisable,
     linear_modules,
     optional_tensors,
+    translate,
 )
 from lfm2_plugin.checkpoint.quantisation import PLAIN, QuantisationPlan, WeightFormat, read_plan
 from lfm2_plugin.checkpoint.readers import Header, dtype_name, inspect_files
@@ -159,8 +160,8 @@ class Ledger:
         """
         shapes: tuple[Shape, ...] = ((1,) * len(shape), (1,), ())
         if self._plan.kv_per_head:
-            place = name.partition(".self_attn.")[2]
-            query = place.rpartition(".")[2].startswith("q_")
+            scale = translate(name)
+            query = scale is not None and scale.parameter == "q_scale"
             heads = self._arch.num_heads if query else self._arch.num_kv_heads
             shapes = (heads, 1, 1), (heads,), *shapes
         return tuple(dict.fromkeys(shapes))

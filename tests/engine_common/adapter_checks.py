@@ -7,7 +7,6 @@ from tests.engine_common.adapters import BAD, TARGETS, adapted_cases, adapter, b
 from tests.engine_common.references import assert_same, cases
 
 MODEL = "demo"
-ADAPTER = TARGETS["all"]
 Load = Callable[[str, Path], str]
 """Asks a server for an adapter by name and folder; what it said against it, "" if it took it."""
 Generate = Callable[[list[list[int]], str | None], list[dict]]
@@ -20,7 +19,7 @@ def refuses_and_goes_on(folder: Path, load: Load, generate: Generate) -> None:
     Args:
         folder: takes the bad adapters.
     """
-    good, merged = adapter(MODEL, *ADAPTER)
+    good, merged = adapter(MODEL, *TARGETS["all"])
     plain, adapted = list(cases(MODEL, 40)[:8]), adapted_cases(MODEL, merged)[:24]
     known = {tuple(c.prompt): c.expected.tokens for c in cases(MODEL)}
     changed = [c for c in adapted if c.expected.tokens != known[tuple(c.prompt)]]

@@ -194,7 +194,7 @@ def _renamed(old: str, new: str):
     return lambda tensors: {name.replace(old, new): t for name, t in tensors.items()}
 
 
-def _with(value: float):
+def _with_a_value(value: float):
     """One value of one factor replaced."""
 
     def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -230,8 +230,14 @@ BAD: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         partial(rewritten, change=lambda ts: {name: t.int() for name, t in ts.items()}),
         "neither float32 nor float16 nor bfloat16",
     ),
-    "NaN": (partial(rewritten, change=_with(float("nan"))), "has NaN or infinity in: base_model."),
-    "infinity": (partial(rewritten, change=_with(float("inf"))), "has NaN or infinity in: base_"),
+    "NaN": (
+        partial(rewritten, change=_with_a_value(float("nan"))),
+        "has NaN or infinity in: base_model.",
+    ),
+    "infinity": (
+        partial(rewritten, change=_with_a_value(float("inf"))),
+        "has NaN or infinity in: base_",
+    ),
     "half": (partial(rewritten, change=_half), "only one of the factors A and B"),
     "unknown module": (
         partial(rewritten, change=_renamed("conv.in_proj", "conv.conv")),

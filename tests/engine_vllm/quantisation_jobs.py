@@ -42,9 +42,8 @@ def is_quantised(config: Any, layer: nn.Module, name: str) -> bool | str:
 
 def decide(model: nn.Module, method: str, settings: dict[str, Any]) -> dict[str, bool | str]:
     config = get_quantization_config(method).from_config(settings)
-    type(model).__new__(
-        type(model), config
-    )  # which tells the config how our modules are called, as in an engine
+    ours = type(model)
+    ours.__new__(ours, config)  # as in an engine, this tells the config how our modules are called
     with set_current_vllm_config(model.vllm_config):
         return {name: is_quantised(config, layer, name) for name, layer in layers(model).items()}
 

@@ -14,6 +14,7 @@ from lfm2_plugin.checkpoint.quantisation.tiles import (
     Layout,
     Tile,
     dense,
+    is_bits,
     is_size,
     whole,
 )
@@ -38,7 +39,6 @@ from lfm2_plugin.checkpoint.quantisation.weight_format import (
 # The classes of the modules in transformers 5, base classes included, as entries may name them.
 _LINEAR = ("Linear", "Module")
 _ROUTER = ("Lfm2MoeTopKRouter", "Module")
-MOST_BITS = 8
 _NAIVE = ("int-quantized", "float-quantized", "naive-quantized")
 
 
@@ -163,7 +163,7 @@ def _layouts(
     }
     if form == "pack-quantized":
         bits = weights.get("num_bits", 8)
-        if not is_size(bits) or bits > MOST_BITS:
+        if not is_bits(bits):
             raise _malformed(group, "num_bits", bits)
         packed = (whole(bits), dense(bits))
         found["weight_packed"] = tuple(Tile(1, each) for each in packed)

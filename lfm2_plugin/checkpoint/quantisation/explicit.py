@@ -53,12 +53,11 @@ def explicit(
         settings = made["quantization"] if isinstance(made.get("quantization"), dict) else made
         present = [key for key in ("exclude_modules", "ignore") if key in settings]
         for key in present or ["exclude_modules" if settings is not made else "ignore"]:
-            settings[key] = sorted(plain) + _layers_of_experts(plain)
+            settings[key] = _with_layers(plain)
     elif plan.method == "awq":
-        made["modules_to_not_convert"] = sorted(plain) + _layers_of_experts(plain)
+        made["modules_to_not_convert"] = _with_layers(plain)
     elif plan.method == "gptq":
-        quantised = _both(plan.quantised_modules, hub_name)
-        made["modules_in_block_to_quantize"] = sorted(quantised) + _layers_of_experts(quantised)
+        made["modules_in_block_to_quantize"] = _with_layers(_both(plan.quantised_modules, hub_name))
         # Of experts vLLM asks these patterns alone, the first that matches.
         layers = _layers_of_experts(plain)
         left_out: dict[str, Any] = {f"-:{re.escape(layer)}(\\..*)?$": {} for layer in layers}
@@ -95,6 +94,10 @@ def _served_as(module: str) -> str:
     if _EXPERTS in module:
         return place.partition(_EXPERTS)[0] + ".experts"
     return f"{place}.{_FUSED.get(last, last)}"
+
+
+def _with_layers(modules: set[str]) -> list[str]:
+    return sorted(modules) + _layers_of_experts(modules)
 
 
 def _layers_of_experts(modules: Iterable[str]) -> list[str]:

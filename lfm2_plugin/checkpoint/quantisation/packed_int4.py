@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from lfm2_plugin.checkpoint.quantisation.tiles import COLUMN, Tile, dense, is_size, whole
+from lfm2_plugin.checkpoint.quantisation.tiles import COLUMN, Tile, dense, is_bits, is_size, whole
 from lfm2_plugin.checkpoint.quantisation.weight_format import (
     FLOAT,
     INT32,
@@ -18,7 +18,6 @@ from lfm2_plugin.checkpoint.quantisation.weight_format import (
     strings,
 )
 
-MOST_BITS = 8
 _IN_LAYERS = ".layers."  # both quantise decoder layers; the head only where the config says so
 
 
@@ -128,7 +127,7 @@ def _may_be(module: str, config: Mapping[str, Any]) -> bool:
 
 
 def _bits(value: Any, method: str) -> int:
-    if not is_size(value) or value > MOST_BITS:
+    if not is_bits(value):
         raise UnsupportedQuantisation(
             f"quantization_config of {method}: bits is {value!r}, not a number of bits. Use the config.json that came "
             "with the checkpoint."

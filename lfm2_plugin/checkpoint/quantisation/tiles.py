@@ -10,8 +10,10 @@ from fractions import Fraction
 from math import ceil
 from typing import Any, TypeGuard
 
-Shape = tuple[int, ...]
+from lfm2_plugin.checkpoint.names import Shape
+
 _INT32 = 32
+_MOST_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,8 @@ def whole(bits: int) -> int:
 def is_size(value: Any) -> TypeGuard[int]:
     """Whether an entry of a config is a number of rows or columns."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def is_bits(value: Any) -> TypeGuard[int]:
+    """Whether an entry of a config is a number of bits that a packed value may have."""
+    return is_size(value) and value <= _MOST_BITS

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from lfm2_plugin.checkpoint.quantisation.tiles import EACH, Layout, Shape
+from lfm2_plugin.checkpoint.names import Shape
+from lfm2_plugin.checkpoint.quantisation.tiles import EACH, Layout
 
 Dtypes = frozenset[str]  # as the header of a safetensors file writes them
 
